@@ -1,0 +1,181 @@
+"""ONNX Runtime: writes the fused graph as an artifact, and runs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from flora_export.artifact import Artifact, Manifest, Tensor
+from flora_export.errors import BackendError
+from flora_export.ledger import Progress, block_records, write_model
+from flora_export.passes import Fused, operator_counts
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PACKAGES = ("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors")
+COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
+
+Logits = npt.NDArray[np.float32]
+
+
+def write(fused: Fused, directory: Path, progress: Progress | None = None) -> Manifest:
+    """Write the model and what runtimes need beside it into a directory. Returns the manifest, still without the files' hashes."""
+    model, base, checkpoint = fused.model, fused.base, fused.checkpoint
+    blocks = block_records(fused)
+    ledger = write_model(model, directory, progress)
+    fused.capture.write_runtime_files(base, directory)
+    for name in COPIED:
+        if (base.path / name).is_file():
+            shutil.copyfile(base.path / name, directory / name)
+    grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
+    return Manifest(
+        backend="onnxruntime",
+        target=fused.capture.target,
+        precision=fused.capture.precision,
+        fuse=fused.fuse,
+        passes=list(fused.passes),
+        padding="right" if grouped else "left",
+        verified=False,
+        versions=_versions(),
+        base={"name": str(checkpoint.config.get("base_model_name_or_path") or base.config.get("model_type")), "files": base.digests},
+        checkpoint={"digest": checkpoint.digest, "files": checkpoint.digests, "config": checkpoint.config, "tensors": list(checkpoint.tensors)},
+        inputs=[_describe(value) for value in model.graph.inputs],
+        outputs=[_describe(value) for value in model.graph.outputs],
+        operators={"before": fused.operators_before, "after": operator_counts(model)},
+        blocks=blocks,
+        ledger=ledger,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"onnxruntime": ort.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _describe(value: ir.Value) -> Tensor:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    return Tensor(value.name, value.dtype.name, [d if isinstance(d, int) else str(d) for d in value.shape])
+
+
+class Decoder:
+    """An artifact in ONNX Runtime, decoding a batch of prompts with a KV cache.
+
+    Rows of different lengths are padded on the side that the manifest declares. A graph with GroupQueryAttention counts each row's tokens
+    by the sum of its attention mask, and writes new keys at that place: it is right with padding on the right, and silently wrong with
+    padding on the left. The others take an exact mask and positions, and are padded on the left as usual.
+    """
+
+    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> None:
+        """Load the artifact; without its adapter, each B is replaced by zeros in memory, so that what is left is the base model.
+
+        Args:
+            threads: of one operator; 0 leaves it to ONNX Runtime.
+
+        Raises:
+            BackendError: ONNX Runtime refuses the model, or has no provider for its target.
+        """
+        self.artifact = artifact
+        self.right = artifact.manifest.padding == "right"
+        provider = PROVIDERS[artifact.manifest.target]
+        if provider not in ort.get_available_providers():
+            raise BackendError(
+                f"the artifact is for {artifact.manifest.target}, but this ONNX Runtime has {', '.join(ort.get_available_providers())}: "
+                "install flora-export[gpu] on a CUDA machine, or build with --no-verify and verify there."
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
+        self._kept = [] if adapter else _silence(options, artifact)  # the session reads these, and does not own them
+        try:
+            self.session = ort.InferenceSession(artifact.model, options, providers=[provider])
+        except Exception as error:  # ONNX Runtime raises several types, none public
+            raise BackendError(f"ONNX Runtime refuses {artifact.model}: {error}") from error
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.cache_inputs = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        self.has_positions = any(i.name == "position_ids" for i in self.session.get_inputs())
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
+        """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
+        self.lengths = np.array([len(prompt) for prompt in prompts])
+        width = int(self.lengths.max())
+        self.mask = _mask(self.lengths, width, right=self.right)
+        ids = np.zeros((len(prompts), width), np.int64)
+        ids[self.mask == 1] = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
+        self.cache = {name: self._empty(value, len(prompts)) for name, value in self.cache_inputs.items()}
+        logits = self._run(ids, np.clip(np.cumsum(self.mask, axis=1) - 1, 0, None))
+        return [logits[row][self.mask[row] == 1] for row in range(len(prompts))]
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        """Decode one token of each row. Returns logits [batch, vocabulary]."""
+        self.lengths += 1
+        if self.right:
+            self.mask = _mask(self.lengths, self.mask.shape[1] + 1, right=True)
+        else:
+            self.mask = np.pad(self.mask, ((0, 0), (0, 1)), constant_values=1)
+        return self._run(np.asarray(tokens, np.int64)[:, None], self.lengths[:, None] - 1)[:, -1]
+
+    def _run(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Logits:
+        feeds = {"input_ids": ids, "attention_mask": self.mask}
+        if self.has_positions:
+            feeds["position_ids"] = positions
+        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+        try:
+            results = self.session.run_with_ort_values(self.outputs, values | self.cache)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed on input_ids {ids.shape}: {error}") from error
+        named = dict(zip(self.outputs, results, strict=True))
+        self.cache = {name: named[name.replace("past_key_values.", "present.")] for name in self.cache_inputs}
+        return _as_float32(named["logits"])
+
+    def _empty(self, value: Any, batch: int) -> Any:
+        """A KV cache of no tokens: [batch, KV heads, 0, head size]."""
+        _, heads, _, size = value.shape
+        element = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}[value.type]  # onnx.TensorProto's numbers
+        return ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, size], element)
+
+
+def _mask(lengths: npt.NDArray[np.int64], width: int, *, right: bool) -> npt.NDArray[np.int64]:
+    columns = np.arange(width)[None]
+    mask = columns < lengths[:, None] if right else columns >= width - lengths[:, None]
+    return mask.astype(np.int64)
+
+
+def _as_float32(value: Any) -> Logits:
+    if value.data_type() == "tensor(bfloat16)":  # numpy has no bfloat16 of its own
+        import torch
+
+        return torch.from_dlpack(value).float().cpu().numpy()  # type: ignore[no-any-return]
+    return value.numpy().astype(np.float32)  # type: ignore[no-any-return]
+
+
+def _silence(options: ort.SessionOptions, artifact: Artifact) -> list[Any]:
+    """Override, in memory, every initializer that holds a B by itself with zeros in B's slice."""
+    initializers = ir.load(artifact.model).graph.initializers
+    kept = []
+    for entry in artifact.manifest.ledger:
+        if entry.origin != "adapter" or not entry.tensor.endswith(".ffba_B.weight"):
+            continue
+        tensor = initializers[entry.initializer].const_value
+        assert tensor is not None
+        values = np.array(tensor.numpy())
+        values[(slice(None),) * entry.axis + (slice(entry.start, entry.stop),)] = 0
+        if tensor.dtype == ir.DataType.BFLOAT16:
+            override = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), 16)
+        else:
+            override = ort.OrtValue.ortvalue_from_numpy(values)
+        options.add_initializer(entry.initializer, override)
+        kept.append(override)
+    return kept

@@ -1,0 +1,132 @@
+"""The base model: a Hugging Face directory of safetensors and JSON, checked before anything large is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from flora_export.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON_BYTES = 64 * 2**20
+# What is fetched of a hub repository: weights as safetensors, configuration and tokenizer. Never pickles, never code.
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on disk. `name` is what the user called it, `weights` its safetensors files."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+
+    @property
+    def width(self) -> int:
+        """d, the width of the residual stream."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the configuration and of each weight file, by file name."""
+        return {path.name: file_sha256(path) for path in (self.path / "config.json", *self.weights)}
+
+
+def load_base(name: str) -> BaseModel:
+    """Find the base model and check what can be checked without reading its weights.
+
+    Args:
+        name: a directory, or the name of a hub repository that is cached or can be downloaded.
+
+    Raises:
+        CheckpointError: no such directory or repository, no safetensors weights, or a broken file; the message says which.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        path = _from_hub(name)
+    config = read_json(path / "config.json", "base model configuration")
+    for key in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise CheckpointError(
+                f"{path}/config.json: {key} is {config.get(key)!r}, but a decoder-only language model states it as a whole number. "
+                "Multimodal and encoder-decoder models are not supported."
+            )
+    return BaseModel(name, path, config, _weight_files(path))
+
+
+def _from_hub(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"base model {name!r}: no such directory, and not a hub name of the form owner/name. Pass --base DIR.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"base model {name!r}: no such directory, not in the local hub cache, and the hub could not deliver it "
+            f"({type(error).__name__}). Where there is no network, pass --base DIR with a local copy of the model."
+        ) from error
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if (path / INDEX).is_file():
+        weight_map = read_json(path / INDEX, "weight index").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{path / INDEX}: has no weight_map of tensor names to file names")
+        names = sorted(set(weight_map.values()))
+    else:
+        names = [SINGLE]
+    files = []
+    for name in names:
+        file = path / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / INDEX}: names {name!r}, which leaves the model's directory")
+        if not file.is_file():
+            others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
+            hint = f"It has {', '.join(others)}; only safetensors are read: convert the model first." if others else "Download its weights."
+            raise CheckpointError(f"base model {path}: {name} is missing. {hint}")
+        check_safetensors(file)
+        files.append(file)
+    return tuple(files)
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise CheckpointError unless the header is sound and describes exactly the bytes that follow it."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}). Copy or save it again.") from error
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError where it is missing, oversized, or not an object."""
+    if not file.is_file():
+        raise CheckpointError(f"{what}: {file} is missing")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{what}: {file} has {file.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that are read")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what}: {file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what}: {file} holds a {type(content).__name__}, but an object was expected")
+    return content
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

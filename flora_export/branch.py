@@ -1,0 +1,70 @@
+"""Branch: one adapter branch and its hosts, as plain facts. No torch, no onnx.
+
+An FFBA adapter runs beside a block (the `self_attn` or `mlp` module of a decoder layer) with input x of width d:
+
+    y = block(x) + s · B φ(A x)      A: [r, d]   B: [d, r]   s = alpha / r, or alpha / sqrt(r) with use_rslora
+
+`gated` is φ(x) = act(G x) ⊙ (A x) with G: [r, d] and the host MLP's own activation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["attention", "mlp"]
+
+# The module names that can carry a branch, and what each one is.
+BLOCK_KINDS: dict[str, Kind] = {"self_attn": "attention", "mlp": "mlp"}
+
+GATED = "gated"
+ACTIVATIONS: dict[Kind, tuple[str, ...]] = {
+    "attention": ("identity", "relu", "silu", "gelu"),
+    "mlp": ("identity", "relu", "silu", "gelu", GATED),
+}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One adapter branch beside one block.
+
+    `reads` and `writes` name the weights of the host projections on either side. They are empty until a graph is
+    known, and nothing here assumes that both sides lie in the same block.
+    """
+
+    block: str  # "model.layers.0.self_attn"
+    kind: Kind
+    activation: str
+    rank: int
+    scale: float
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The letters of its matrices: forward adapters first, in the order of the host's neurons, then B."""
+        return ("G", "A", "B") if self.activation == GATED else ("A", "B")
+
+    @property
+    def forward_matrices(self) -> tuple[str, ...]:
+        return self.matrices[:-1]
+
+    def shape(self, matrix: str, width: int) -> tuple[int, int]:
+        """Shape of a matrix in torch's layout [out, in], for a model of width d."""
+        return (width, self.rank) if matrix == "B" else (self.rank, width)
+
+
+def adapter_scale(alpha: float, rank: int, use_rslora: bool) -> float:
+    """s = alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def rank_of(block: str, default: int, rank_pattern: Mapping[str, int]) -> int:
+    """Rank of a block: the first key of `rank_pattern` that matches the end of its name, as PEFT matches it."""
+    for pattern, rank in rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", block):
+            return rank
+    return default

@@ -1,0 +1,72 @@
+"""FFBAConfig: what `adapter_config.json` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from flora_export.branch import ACTIVATIONS, BLOCK_KINDS
+
+
+@dataclass
+class FFBAConfig(PeftConfig):
+    """Configuration of a fused forward-backward adapter (FFBA).
+
+    Beside each target block with input x of width d it adds `y = block(x) + s · B φ(A x)`, with A: [r, d], B: [d, r].
+
+    Args:
+        r: rank, 1 to d.
+        alpha: scale numerator; s = alpha / r, or alpha / sqrt(r) with `use_rslora`.
+        use_rslora: scale by 1 / sqrt(r) instead of 1 / r.
+        dropout: probability of dropping an element of the branch's input while training.
+        target_modules: block modules that get a branch, out of `self_attn` and `mlp`; or a regular expression.
+        attn_activation: φ of attention branches: identity, relu, silu or gelu.
+        mlp_activation: φ of MLP branches: the same, or `gated`, φ(x) = act(G x) ⊙ (A x) with a third matrix G: [r, d]
+            and the host MLP's own activation; the host MLP must then be gated itself.
+        rank_pattern: block name, or regular expression for its end -> rank, where it differs from r.
+        layers_to_transform: indices of the layers that get branches; all where None.
+        layers_pattern: name of the layer list, where it is not one of PEFT's usual ones.
+        exclude_modules: block modules that get none although `target_modules` names them.
+        modules_to_save: further modules to train and save. They can be trained, but not exported.
+        init_ffba_weights: True makes B zero, so that training starts from the base model. False draws B at random, for tests.
+
+    Raises:
+        ValueError: a value is out of its range or unknown; the message names it.
+    """
+
+    r: int = field(default=16, metadata={"help": "rank, 1 to the model's width"})
+    alpha: float = field(default=64.0, metadata={"help": "scale numerator: s = alpha / r"})
+    use_rslora: bool = field(default=False, metadata={"help": "s = alpha / sqrt(r)"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout of the branch's input while training"})
+    target_modules: list[str] | str | None = field(
+        default_factory=lambda: list(BLOCK_KINDS), metadata={"help": "self_attn, mlp, or a regular expression"}
+    )
+    attn_activation: str = field(default="identity", metadata={"help": "activation of attention branches"})
+    mlp_activation: str = field(default="gated", metadata={"help": "activation of MLP branches"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "rank where it differs from r"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layer list"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules left without a branch"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
+    init_ffba_weights: bool = field(default=True, metadata={"help": "B starts at zero"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.FFBA  # type: ignore[attr-defined]  # added in flora_export/ffba/__init__.py
+        if isinstance(self.target_modules, set):  # a set would be written in an order that changes from run to run
+            self.target_modules = sorted(self.target_modules)
+        if self.target_modules is None:
+            self.target_modules = list(BLOCK_KINDS)
+        for name, rank in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{name} is {rank!r}, but a rank is a whole number of at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout!r}, but must be at least 0 and below 1")
+        for name, kind, value in (
+            ("attn_activation", ACTIVATIONS["attention"], self.attn_activation),
+            ("mlp_activation", ACTIVATIONS["mlp"], self.mlp_activation),
+        ):
+            if value not in kind:
+                raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(kind)}")

@@ -1,0 +1,154 @@
+"""The FFBA layer: a block and, beside it, its adapter branches. This is the definition; the fused graph must equal it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from flora_export.branch import GATED, Kind, adapter_scale
+
+_ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": torch.relu,
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+}
+
+
+class FFBALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is untyped
+    """Wraps a block and adds `s · B φ(A x)` for each active adapter.
+
+    x: [..., d] is what the block receives. A, G: [r, d] and B: [d, r] are bias-free `nn.Linear`s per adapter name.
+    """
+
+    adapter_layer_names = ("ffba_A", "ffba_B", "ffba_G")
+    other_param_names = ("ffba_rank", "ffba_scale", "ffba_activation", "ffba_dropout")
+
+    def __init__(self, base_layer: nn.Module, block: str, kind: Kind, width: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.block, self.kind, self.width = block, kind, width
+        self.ffba_A = nn.ModuleDict()
+        self.ffba_B = nn.ModuleDict()
+        self.ffba_G = nn.ModuleDict()
+        self.ffba_dropout = nn.ModuleDict()
+        self.ffba_rank: dict[str, int] = {}
+        self.ffba_scale: dict[str, float] = {}
+        self.ffba_activation: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """Let model code reach attributes of the block that stands inside, such as `self_attn.layer_idx`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not yet set: do not look for it inside itself
+                raise
+            return getattr(self.base_layer, name)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        rank: int,
+        alpha: float,
+        use_rslora: bool,
+        activation: str,
+        dropout: float,
+        init_weights: bool,
+        inference_mode: bool,
+    ) -> None:
+        """Add a branch.
+
+        Raises:
+            ValueError: the rank is above the width, or `gated` is asked of an MLP that is not gated.
+        """
+        if rank > self.width:
+            raise ValueError(f"{self.block}: rank {rank} is above the model's width {self.width}; choose a rank of at most {self.width}")
+        if activation == GATED:
+            _host_activation(self.base_layer, self.block)
+        self.ffba_rank[adapter_name] = rank
+        self.ffba_scale[adapter_name] = adapter_scale(alpha, rank, use_rslora)
+        self.ffba_activation[adapter_name] = activation
+        self.ffba_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.ffba_A[adapter_name] = nn.Linear(self.width, rank, bias=False)
+        self.ffba_B[adapter_name] = nn.Linear(rank, self.width, bias=False)
+        if activation == GATED:
+            self.ffba_G[adapter_name] = nn.Linear(self.width, rank, bias=False)
+        self._initialise(adapter_name, init_weights)
+        self._move_to_base(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _initialise(self, adapter_name: str, zero_b: bool) -> None:
+        """A and G as LoRA draws its A (Kaiming uniform, a = sqrt 5); B zero, so that the branch starts silent."""
+        for matrices in (self.ffba_A, self.ffba_G):
+            if adapter_name in matrices:
+                nn.init.kaiming_uniform_(matrices[adapter_name].weight, a=math.sqrt(5))
+        if zero_b:
+            nn.init.zeros_(self.ffba_B[adapter_name].weight)
+        else:
+            nn.init.kaiming_uniform_(self.ffba_B[adapter_name].weight, a=math.sqrt(5))
+
+    def _move_to_base(self, adapter_name: str) -> None:
+        host = next(self.base_layer.parameters())
+        for matrices in (self.ffba_A, self.ffba_B, self.ffba_G):
+            if adapter_name in matrices and matrices[adapter_name].weight.device.type != "meta":
+                matrices[adapter_name].to(host.device, host.dtype if host.dtype.is_floating_point else None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`block(x) + Σ s · B φ(A x)` over the active adapters; what else the block returns passes through."""
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        y = output[0] if isinstance(output, tuple) else output
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.ffba_A:
+                y = y + self._branch(x, adapter_name).to(y.dtype)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def _branch(self, x: Tensor, adapter_name: str) -> Tensor:
+        """x: [..., d] -> s · B φ(A x): [..., d], computed in the adapter's dtype."""
+        a = self.ffba_A[adapter_name]
+        x = self.ffba_dropout[adapter_name](x.to(a.weight.dtype))
+        activation = self.ffba_activation[adapter_name]
+        if activation == GATED:
+            z = _host_activation(self.base_layer, self.block)(self.ffba_G[adapter_name](x)) * a(x)
+        else:
+            z = _ACTIVATION_FUNCTIONS[activation](a(x))
+        result: Tensor = self.ffba_B[adapter_name](z) * self.ffba_scale[adapter_name]
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(NOT_MERGEABLE)
+
+    def __repr__(self) -> str:
+        return "ffba." + super().__repr__()
+
+
+NOT_MERGEABLE = (
+    "An FFBA adapter cannot be merged into the base weights: it runs beside a whole block, and no change of the block's own "
+    "weights, at their own sizes, computes attention(x) + B φ(A x). Fuse it instead, at the cost of r more rows and columns: "
+    "`flora-export build CKPT --base DIR --backend onnxruntime --output OUT`. To get the base model back, call `unload()`."
+)
+
+
+def _host_activation(mlp: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
+    """The activation of a gated MLP: one with gate and up projections, apart or packed."""
+    modules = dict(mlp.named_children())
+    gated = "gate_up_proj" in modules or {"gate_proj", "up_proj"} <= modules.keys()
+    activation = modules.get("act_fn") or modules.get("activation_fn")
+    if not gated or activation is None:
+        raise ValueError(
+            f"{block} ({type(mlp).__name__}) is not a gated MLP: it has {', '.join(modules)}. "
+            "Choose mlp_activation 'identity', 'relu', 'silu' or 'gelu' for it."
+        )
+    return activation

@@ -1,0 +1,130 @@
+"""Attach: put every branch beside its block, unfused, as the method defines it.
+
+    before   x ── block ── y
+    after    x ─┬─ block ─────────────── y ── Add ── y'
+                └─ A ── φ ── z ── sB ─────────┘
+
+A gated branch has z = act(G x) ⊙ (A x), with the host MLP's own activation copied node for node.
+The scale s is folded into B in fp32, before the cast to the graph's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from flora_export.branch import GATED, Branch
+from flora_export.checkpoint import Checkpoint, tensor_name
+from flora_export.errors import FusionError
+from flora_export.passes.hosts import clone_chain, host_node, neurons
+from flora_export.weights import Array, Part, Stacked
+
+
+class Attach(ir.passes.InPlacePass):
+    """Adds the nodes `{block}.ffba_A`, `_G`, `_B`, `_add` and the activation between them."""
+
+    def __init__(self, branches: Sequence[Branch], checkpoint: Checkpoint) -> None:
+        self.branches, self.checkpoint = branches, checkpoint
+
+    def requires(self, model: ir.Model) -> None:
+        for branch in self.branches:
+            for name in (*branch.reads, *branch.writes):
+                host_node(model, name)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        waiting = [branch for branch in self.branches if weight_name(branch, "A") not in model.graph.initializers]
+        for branch in waiting:
+            self._attach_one(model, branch)
+        return ir.passes.PassResult(model, modified=bool(waiting))
+
+    def ensures(self, model: ir.Model) -> None:
+        for branch in self.branches:
+            for matrix in branch.matrices:
+                if weight_name(branch, matrix) not in model.graph.initializers:
+                    raise FusionError(f"{branch.block}: {matrix} was not attached")
+
+    def _attach_one(self, model: ir.Model, branch: Branch) -> None:
+        reader, writer = host_node(model, branch.reads[0]), host_node(model, branch.writes[0])
+        x, y = reader.inputs[0], writer.outputs[0]
+        assert x is not None
+        before: list[ir.Node] = []
+        a = self._project(model, branch, "A", x, before)
+        if branch.activation == GATED:
+            host = neurons(model, branch)
+            if host.up is None:
+                raise FusionError(f"{branch.block} is not a gated MLP in the graph, so activation 'gated' has no gate to copy")
+            g = self._project(model, branch, "G", x, before)
+            before += clone_chain(host.chain, host.source.value, g, f"{branch.block}.ffba_act")
+            before.append(_node("Mul", [before[-1].outputs[0], a], f"{branch.block}.ffba_z"))
+        else:
+            for index, (operator, inputs) in enumerate(_ACTIVATIONS[branch.activation]):
+                values = [a if i == -1 else before[i].outputs[0] for i in inputs]
+                before.append(_node(operator, values, f"{branch.block}.ffba_act.{operator}_{index}"))
+        z = before[-1].outputs[0]
+        after: list[ir.Node] = []
+        b = self._project(model, branch, "B", z, after)
+        total = _node("Add", [y, b], f"{branch.block}.ffba_add")
+        after.append(total)
+        y.replace_all_uses_with(total.outputs[0])
+        total.replace_input_with(0, y)  # the line above has redirected this use of y as well
+        model.graph.insert_before(writer, before)
+        model.graph.insert_after(writer, after)
+
+    def _project(self, model: ir.Model, branch: Branch, matrix: str, source: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+        """source [..., in] @ weight [in, out]; adds the node and its weight, returns the product."""
+        dtype = model.graph.initializers[branch.writes[0]].dtype
+        assert dtype is not None
+        part = _part(self.checkpoint, branch, matrix, dtype)
+        width = next(iter(model.graph.initializers[branch.reads[0]].shape or ()))
+        axis, other = (0, width) if matrix == "B" else (1, width)  # the stacking axis is the one of size r
+        assert isinstance(other, int)
+        tensor = Stacked(weight_name(branch, matrix), [part], axis, dtype, [other])
+        weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+        model.graph.initializers.add(weight)
+        node = _node("MatMul", [source, weight], f"{branch.block}.ffba_{matrix}")
+        nodes.append(node)
+        return node.outputs[0]
+
+
+# φ as operators; an input of -1 is A x, others count the branch's nodes from the A projection (0).
+_ACTIVATIONS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
+    "identity": (),
+    "relu": (("Relu", (-1,)),),
+    "silu": (("Sigmoid", (-1,)), ("Mul", (-1, 1))),
+    "gelu": (("Gelu", (-1,)),),
+}
+
+
+def weight_name(branch: Branch, matrix: str) -> str:
+    """Name of a matrix's own initializer, while it has one."""
+    return f"{branch.block}.ffba_{matrix}.weight_t"
+
+
+def _node(operator: str, inputs: Sequence[ir.Value], name: str) -> ir.Node:
+    node = ir.node(operator, inputs, name=name)
+    node.outputs[0].name = f"{name}.out"
+    return node
+
+
+def _part(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType) -> Part:
+    """A matrix as it stands in the graph: [in, out], B times s, in the graph's precision."""
+    scale = branch.scale if matrix == "B" else 1.0
+    return Part(tensor_name(branch, matrix), "adapter", branch.rank, scale, adapter_reader(checkpoint, branch, matrix, dtype))
+
+
+def adapter_reader(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType) -> Callable[[], Array]:
+    """Reads a matrix of the checkpoint as the graph holds it. Raises FusionError where a number overflows the precision."""
+
+    def read() -> Array:
+        values = checkpoint.matrix(branch, matrix)
+        if matrix == "B":
+            values = values * np.float32(branch.scale)
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(values.T).astype(dtype.numpy())
+        if not np.isfinite(cast).all():
+            raise FusionError(f"{branch.block} {matrix}, scaled, overflows {dtype.name}: build with --precision fp32 or bf16")
+        return cast
+
+    return read

@@ -1,0 +1,134 @@
+"""build() and verify(): the story on one screen. Data walks one way, from checkpoint to artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora_export.artifact import REPORT, Artifact, open_artifact, seal, staged
+from flora_export.backends import load_backend
+from flora_export.base_model import BaseModel, load_base
+from flora_export.checkpoint import Checkpoint, load_checkpoint, read_config
+from flora_export.errors import CheckpointError, VerificationError
+from flora_export.verify.numerics import Runner
+from flora_export.verify.report import Report
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    backend: str = "onnxruntime"
+    target: str = "cpu"
+    precision: str = "fp32"
+    fuse: str = "both"
+    verify: bool = True
+    allow_vacuous: bool = False
+    force: bool = False
+
+
+def load_sources(ckpt: Path, base_name: str | None) -> tuple[BaseModel, Checkpoint]:
+    """The adapter and its base model, both checked. Without `base_name` it is the one that the adapter names."""
+    name = base_name or read_config(ckpt).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
+    base = load_base(name)
+    return base, load_checkpoint(ckpt, base)
+
+
+def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report | None]:
+    """Checkpoint and base model -> artifact. The output appears whole and verified, or stays as it was.
+
+    Raises:
+        FloraExportError: its subclasses say what failed; `VerificationError` carries the causes.
+    """
+    with staged(output, force=options.force) as directory:
+        progress("reading the checkpoint", 0, 1)
+        base, checkpoint = load_sources(ckpt, base_name)
+        backend = load_backend(options.backend)
+        progress("capturing the base model", 0, 1)
+        from flora_export.capture import capture
+        from flora_export.passes import fuse_adapter
+
+        captured = capture(base, options.target, options.precision)
+        progress("fusing", 0, 1)
+        fused = fuse_adapter(captured, base, checkpoint, options.fuse)
+        manifest = backend.write(fused, directory, lambda done, of: progress("writing", done, of))
+        del captured, fused  # the weights: the eager model needs the room
+        artifact = Artifact(directory, dataclasses.replace(manifest, verified=options.verify))
+        report = None
+        if options.verify:
+            report = _verify_numerics(artifact, base, checkpoint, options.allow_vacuous, progress, golden=True)
+        artifact = seal(directory, artifact.manifest)
+        if report is not None:
+            from flora_export.ledger import check_ledger
+
+            progress("checking the ledger", 0, 1)
+            report.ledger = check_ledger(artifact, checkpoint, base)
+            if not report.verified:
+                raise VerificationError(report.to_text())
+            (directory / REPORT).write_text(report.to_json(), encoding="utf-8")
+    return Artifact(output, artifact.manifest), report
+
+
+def verify(path: Path, ckpt: Path | None, base_name: str | None, allow_vacuous: bool, progress: Progress) -> Report:
+    """Check an artifact: its files and ledger always; its numbers against eager PyTorch with `ckpt`, else against its golden vectors.
+
+    Raises:
+        FloraExportError: something cannot be read or run. A failed check is no error: the report tells.
+    """
+    from flora_export.ledger import check_ledger
+
+    artifact = open_artifact(path)
+    if ckpt is None:
+        from flora_export.verify.golden import replay
+
+        progress("checking the ledger", 0, 1)
+        report = Report(check_ledger(artifact), environment=_environment())
+        if not report.ledger.faults:
+            progress("replaying golden vectors", 0, 1)
+            report.replay_faults = replay(artifact, _runner(artifact))
+    else:
+        base, checkpoint = load_sources(ckpt, base_name)
+        progress("checking the ledger", 0, 1)
+        ledger = check_ledger(artifact, checkpoint, base)
+        report = _verify_numerics(artifact, base, checkpoint, allow_vacuous, progress, golden=False)
+        report.ledger = ledger
+    return report
+
+
+def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, allow_vacuous: bool, progress: Progress, *, golden: bool) -> Report:
+    from flora_export.ledger import LedgerReport
+    from flora_export.reference import Reference
+    from flora_export.verify.golden import write_golden
+    from flora_export.verify.numerics import STEPS, compare
+    from flora_export.verify.prompts import encode_prompts
+
+    progress("loading eager PyTorch", 0, 1)
+    truth = Reference(base, checkpoint.path)
+    longest = int(base.config.get("max_position_embeddings", 2048)) - STEPS
+    prompts, source = encode_prompts(artifact, int(base.config["vocab_size"]), longest)
+    if golden:
+        write_golden(truth, prompts, artifact.path)
+    numerics = compare(
+        truth,
+        _runner(artifact),
+        _runner(artifact, adapter=False),
+        prompts,
+        precision=artifact.manifest.precision,
+        source=source,
+        allow_vacuous=allow_vacuous,
+        progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
+    )
+    return Report(LedgerReport(), numerics, environment=_environment())
+
+
+def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
+    return load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+
+
+def _environment() -> dict[str, str]:
+    return {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}

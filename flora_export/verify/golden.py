@@ -1,0 +1,58 @@
+"""Golden vectors: recorded inputs and eager PyTorch's answers, so that a C++ or Triton host replays them without torch.
+
+`golden.safetensors` holds, for prompts i = 0, 1, ...:
+    prompt.{i}.input_ids   int64 [tokens]
+    prompt.{i}.tokens      int64 [steps]              the greedy continuation
+    prompt.{i}.logits      float32 [steps, vocabulary]  after the prompt, and after each token but the last
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from flora_export.artifact import GOLDEN, Artifact
+from flora_export.errors import ArtifactError
+from flora_export.verify.numerics import STEPS, TOLERANCES, Runner, Truth, run_forced
+
+PROMPT_COUNT = 2
+
+
+def write_golden(truth: Truth, prompts: list[list[int]], directory: Path) -> None:
+    """Record eager's answers to the first prompts."""
+    tensors = {}
+    for index, prompt in enumerate(prompts[:PROMPT_COUNT]):
+        tokens = truth.greedy(prompt, STEPS)
+        tensors[f"prompt.{index}.input_ids"] = np.array(prompt, np.int64)
+        tensors[f"prompt.{index}.tokens"] = np.array(tokens, np.int64)
+        tensors[f"prompt.{index}.logits"] = np.ascontiguousarray(truth.logits(prompt + tokens[:-1])[len(prompt) - 1 :])
+    save_file(tensors, directory / GOLDEN)
+
+
+def replay(artifact: Artifact, runner: Runner) -> list[str]:
+    """Run the recorded prompts and compare. Returns faults, a line each.
+
+    Raises:
+        ArtifactError: there are no golden vectors, or they are damaged.
+    """
+    file = artifact.path / GOLDEN
+    if not file.is_file():
+        raise ArtifactError(f"{artifact.path} has no {GOLDEN}: it was built with --no-verify. Verify it with --ckpt and --base.")
+    try:
+        tensors = load_file(file)
+        count = sum(name.endswith(".input_ids") for name in tensors)
+        recorded = [tuple(tensors[f"prompt.{i}.{key}"] for key in ("input_ids", "tokens", "logits")) for i in range(count)]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ArtifactError(f"{file} is damaged ({error}). Build the artifact again.") from error
+    tolerance = TOLERANCES[artifact.manifest.precision].logits
+    faults = []
+    for index, (ids, tokens, expected) in enumerate(recorded):
+        got = run_forced(runner, [ids.tolist()], [tokens.tolist()[:-1]])[0][len(ids) - 1 :]
+        error = float(np.abs(got - expected).max())
+        allowed = tolerance * max(1.0, float(np.abs(expected).max()))
+        if not error <= allowed:
+            faults.append(f"golden prompt {index}: logits are off by {error:.3g} (allowed {allowed:.3g})")
+    return faults
