@@ -35,7 +35,7 @@ class LedgerEntry:
     """
 
     tensor: str
-    origin: str  # "adapter", "base" or "zeros"
+    origin: str  # "adapter", "base", "zeros" or "constant"
     initializer: str
     axis: int
     start: int

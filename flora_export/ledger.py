@@ -6,6 +6,7 @@ bytes in exactly those slices; with the checkpoint and the base model at hand it
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections import Counter, defaultdict
@@ -42,7 +43,7 @@ class LedgerReport:
 def write_model(model: ir.Model, directory: Path, progress: Progress | None = None) -> list[LedgerEntry]:
     """Write `model.onnx` and `model.onnx.data`, an initializer at a time, and return the ledger."""
     digests: dict[str, list[str]] = {}
-    plans = {name: parts_of(value) for name, value in model.graph.initializers.items()}
+    plan = planned_entries(model)
     for value in model.graph.initializers.values():
         value.const_value = _Hashing(value, digests)
     done = 0
@@ -54,11 +55,17 @@ def write_model(model: ir.Model, directory: Path, progress: Progress | None = No
             progress(done, info.total)
 
     ir.save(model, directory / MODEL, external_data=DATA, callback=count, max_workers=2, max_in_flight_bytes=1 << 27)
+    return [dataclasses.replace(entry, sha256=digests[entry.initializer].pop(0)) for entry in plan]
+
+
+def planned_entries(model: ir.Model) -> list[LedgerEntry]:
+    """The ledger of a graph that is not written yet, without digests: the recipes of its initializers."""
     entries = []
-    for name, (axis, parts) in plans.items():
+    for name, value in model.graph.initializers.items():
+        axis, parts = parts_of(value)
         start = 0
-        for part, digest in zip(parts, digests[name], strict=True):
-            entries.append(LedgerEntry(part.tensor, part.origin, name, axis, start, start + part.size, part.scale, digest))
+        for part in parts:
+            entries.append(LedgerEntry(part.tensor, part.origin, name, axis, start, start + part.size, part.scale, ""))
             start += part.size
     return entries
 

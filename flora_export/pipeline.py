@@ -8,14 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_export.artifact import REPORT, Artifact, open_artifact, seal, staged
+from flora_export.artifact import REPORT, Artifact, BlockRecord, LedgerEntry, open_artifact, seal, staged
 from flora_export.backends import load_backend
 from flora_export.base_model import BaseModel, load_base
-from flora_export.checkpoint import Checkpoint, load_checkpoint, read_config
+from flora_export.capture import capture
+from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
 from flora_export.errors import CheckpointError, VerificationError
-from flora_export.verify.numerics import Runner
+from flora_export.ledger import LedgerReport, block_records, check_ledger, planned_entries
+from flora_export.passes import fuse_adapter, operator_counts
+from flora_export.verify.golden import replay, write_golden
+from flora_export.verify.numerics import STEPS, Runner, compare
+from flora_export.verify.prompts import encode_prompts
 from flora_export.verify.report import Report
 
+Explained = tuple[list[BlockRecord], dict[str, dict[str, int]], list[LedgerEntry], LedgerReport | None]
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -50,9 +56,6 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         base, checkpoint = load_sources(ckpt, base_name)
         backend = load_backend(options.backend)
         progress("capturing the base model", 0, 1)
-        from flora_export.capture import capture
-        from flora_export.passes import fuse_adapter
-
         captured = capture(base, options.target, options.precision)
         progress("fusing", 0, 1)
         fused = fuse_adapter(captured, base, checkpoint, options.fuse)
@@ -64,8 +67,6 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
             report = _verify_numerics(artifact, base, checkpoint, options.allow_vacuous, progress, golden=True)
         artifact = seal(directory, artifact.manifest)
         if report is not None:
-            from flora_export.ledger import check_ledger
-
             progress("checking the ledger", 0, 1)
             report.ledger = check_ledger(artifact, checkpoint, base)
             if not report.verified:
@@ -80,12 +81,8 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, allow_vacuous: 
     Raises:
         FloraExportError: something cannot be read or run. A failed check is no error: the report tells.
     """
-    from flora_export.ledger import check_ledger
-
     artifact = open_artifact(path)
     if ckpt is None:
-        from flora_export.verify.golden import replay
-
         progress("checking the ledger", 0, 1)
         report = Report(check_ledger(artifact), environment=_environment())
         if not report.ledger.faults:
@@ -101,11 +98,7 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, allow_vacuous: 
 
 
 def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, allow_vacuous: bool, progress: Progress, *, golden: bool) -> Report:
-    from flora_export.ledger import LedgerReport
-    from flora_export.reference import Reference
-    from flora_export.verify.golden import write_golden
-    from flora_export.verify.numerics import STEPS, compare
-    from flora_export.verify.prompts import encode_prompts
+    from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
 
     progress("loading eager PyTorch", 0, 1)
     truth = Reference(base, checkpoint.path)
@@ -132,3 +125,20 @@ def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
 
 def _environment() -> dict[str, str]:
     return {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+
+
+def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) -> Explained:
+    """The ledger of an artifact, checked; or, for a checkpoint, the plan: what a build for the CPU would do with each branch.
+
+    Raises:
+        FloraExportError: it is neither, or it cannot be read.
+    """
+    if not (path / CONFIG).is_file():
+        artifact = open_artifact(path)
+        progress("checking the ledger", 0, 1)
+        manifest = artifact.manifest
+        return manifest.blocks, manifest.operators, manifest.ledger, check_ledger(artifact)
+    base, checkpoint = load_sources(path, base_name)
+    progress("capturing the base model", 0, 1)
+    fused = fuse_adapter(capture(base, "cpu", "fp32"), base, checkpoint, fuse)
+    return block_records(fused), {"before": fused.operators_before, "after": operator_counts(fused.model)}, planned_entries(fused.model), None

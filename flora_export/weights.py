@@ -17,7 +17,7 @@ import onnx_ir as ir
 from flora_export.errors import FusionError
 
 Array = npt.NDArray[Any]
-Origin = Literal["adapter", "base", "zeros"]
+Origin = Literal["adapter", "base", "zeros", "constant"]  # zeros fill a bias, constants are sizes and axes
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ class Stacked(ir.LazyTensor):
 
 
 def parts_of(value: ir.Value) -> tuple[int, tuple[Part, ...]]:
-    """(axis, parts) of an initializer. One that no pass has touched is a single part: the base model's own tensor."""
+    """(axis, parts) of an initializer. One that no pass has touched is a single part."""
     tensor = value.const_value
     if isinstance(tensor, Stacked):
         return tensor.axis, tensor.parts
     assert tensor is not None and value.name is not None
     size = tensor.shape[0] if len(tensor.shape) else 1
     assert isinstance(size, int)
-    return 0, (Part(value.name, "base", size, 1.0, tensor.numpy),)
+    origin: Origin = "base" if tensor.dtype.is_floating_point() else "constant"
+    return 0, (Part(value.name, origin, size, 1.0, tensor.numpy),)
 
 
 def widen(value: ir.Value, axis: int, additions: Sequence[tuple[int, Part]]) -> None:

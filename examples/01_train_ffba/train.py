@@ -84,7 +84,6 @@ def main() -> None:
     transformers.set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
-    base.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the adapter names as its base
     config = flora_export.ffba.FFBAConfig(r=options.rank, alpha=4.0 * options.rank, task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config)
     model.print_trainable_parameters()

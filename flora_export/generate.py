@@ -1,0 +1,95 @@
+"""Text in, text out: an artifact answers, decoded greedily. For the eye and for examples; serving belongs to the backends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flora_export.artifact import Artifact
+from flora_export.backends import load_backend
+from flora_export.errors import ArtifactError
+from flora_export.verify.prompts import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's answer. Times are in seconds, of the whole batch: to the first token, and per token after it."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    time_to_first_token: float
+    time_per_output_token: float
+
+
+def generate(
+    artifact: Artifact,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    adapter: bool = True,
+    chat: bool = True,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """Answer prompts as one batch, padded on the side that the artifact declares.
+
+    Args:
+        chat: put each prompt into the tokenizer's chat template, where it has one.
+        on_text: is given the first prompt's answer piece by piece.
+
+    Raises:
+        ArtifactError: the artifact has no tokenizer, or a prompt leaves no room in the model's context.
+    """
+    try:
+        tokenizer = load_tokenizer(artifact.path)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{artifact.path} has no tokenizer, so it cannot answer text ({error})") from error
+    config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    rows = [_encode(tokenizer, prompt, chat=chat) for prompt in prompts]
+    room = int(config.get("max_position_embeddings", 2**31)) - max(map(len, rows))
+    if room < 1 or not all(rows):
+        raise ArtifactError(f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, and leave room in a context of {config.get('max_position_embeddings')}")
+    ends = _end_tokens(artifact, config)
+    decoder = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+
+    started = time.perf_counter()
+    tokens = [int(logits[-1].argmax()) for logits in decoder.start(rows)]
+    first = time.perf_counter()
+    answers: list[list[int]] = [[] for _ in rows]
+    running, shown, steps = set(range(len(rows))), "", 0
+    while True:
+        for row in sorted(running):
+            if tokens[row] in ends:
+                running.discard(row)
+            else:
+                answers[row].append(tokens[row])
+        if on_text is not None:
+            text = tokenizer.decode(answers[0], skip_special_tokens=True)
+            if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character: wait for the rest
+                on_text(text[len(shown) :])
+                shown = text
+        if not running or steps + 1 >= min(max_new_tokens, room):
+            break
+        tokens = [int(token) for token in decoder.step(tokens).argmax(-1)]  # a row that has ended goes on, unread
+        steps += 1
+    per_token = (time.perf_counter() - first) / max(steps, 1)
+    return [
+        Answer(tokenizer.decode(answer, skip_special_tokens=True), len(row), len(answer), first - started, per_token)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+
+
+def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:
+    if chat and getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)  # type: ignore[attr-defined]
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+    return list(tokenizer(prompt)["input_ids"])  # type: ignore[operator]
+
+
+def _end_tokens(artifact: Artifact, config: dict[str, object]) -> set[int]:
+    file = artifact.path / "generation_config.json"
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    return set(ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else [])
