@@ -73,8 +73,67 @@ def capture(base: BaseModel, target: str, precision: str) -> Capture:
     if set(package) != {"model"}:
         raise CheckpointError(f"base model {base.name}: not one decoder, but {', '.join(package)}; only text decoders are supported")
     model: ir.Model = package["model"]
+    _mend_attention(model, base, PRECISIONS[target][precision])
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, target, precision, package)
+
+
+def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:
+    """State what mobius 0.1.0 leaves out: the sliding windows of Gemma 2 and 3 and Qwen 2, Gemma 3's attention scale and second rotary table.
+
+    GroupQueryAttention takes a window of W as transformers does: a token sees itself and the W - 1 before it.
+
+    Raises:
+        CheckpointError: a layer has a window, and the graph's operator for it cannot express one.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * base.layers
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    tables = _rotary_tables(model, base, dtype) if len(set(kinds)) > 1 else {}
+    for node in model.graph:
+        cache = next((v.name for v in node.inputs if v is not None and v.name and v.name.startswith("past_key_values.")), None)
+        if cache is None or node.op_type not in ("GroupQueryAttention", "Attention"):
+            continue
+        layer = int(cache.split(".")[1])
+        if scalar:
+            node.attributes["scale"] = ir.AttrFloat32("scale", scalar**-0.5)
+        if tables and node.op_type == "GroupQueryAttention":
+            for index, table in enumerate(tables[kinds[layer]], start=len(node.inputs) - 2):
+                node.replace_input_with(index, table)
+        if window and kinds[layer] == "sliding_attention":
+            if node.op_type == "GroupQueryAttention":
+                node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+            elif window < int(base.config.get("max_position_embeddings", 2**31)):
+                raise CheckpointError(
+                    f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which the captured {node.op_type} cannot express. "
+                    "Windows need GroupQueryAttention: --target cpu --precision fp32, or --target cuda with fp16 or bf16."
+                )
+
+
+def _rotary_tables(model: ir.Model, base: BaseModel, dtype: str) -> dict[str, tuple[ir.Value, ir.Value]]:
+    """Cosine and sine tables by kind of layer, where the kinds have their own: mobius fuses the first it meets into every layer.
+
+    The standard capture of the same model, which does not fuse them, has both.
+    """
+    import mobius
+
+    with _quiet():
+        plain = mobius.build(str(base.path), execution_provider="onnx-standard", dtype=dtype, load_weights=False)["model"]
+    if "model.rotary_emb_local.cos_cache" not in plain.graph.initializers:
+        return {}
+    tables = {}
+    for kind, module in (("full_attention", "rotary_emb"), ("sliding_attention", "rotary_emb_local")):
+        pair = []
+        for name in (f"model.{module}.cos_cache", f"model.{module}.sin_cache"):
+            if name not in model.graph.initializers:
+                source = plain.graph.initializers[name]
+                model.graph.initializers.add(ir.Value(name=name, shape=source.shape, type=source.type, const_value=source.const_value))
+            pair.append(model.graph.initializers[name])
+        tables[kind] = (pair[0], pair[1])
+    return tables
 
 
 @contextlib.contextmanager

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch  # noqa: E402
+
+from tests.families import make_adapter, make_base  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models: two workers with a thread each beat one with two
+
+SMOLLM2 = Path(os.environ.get("FLORA_SMOLLM2", Path(__file__).parent.parent / "models" / "smollm2"))
+ADAPTER = Path(__file__).parent.parent / "examples" / "01_train_ffba" / "adapter"
+
+
+def silent(what: str, done: int, of: int) -> None:
+    """A progress callback that says nothing."""
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny random base models by family, made once."""
+    root, made = tmp_path_factory.mktemp("bases"), {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_base(family, root / family)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def base(bases: Callable[[str], Path]) -> Path:
+    return bases("llama")
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("adapters") / "default")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    if not (SMOLLM2 / "model.safetensors").is_file():
+        pytest.skip(f"no SmolLM2 at {SMOLLM2}: make models/smollm2 makes it")
+    return SMOLLM2
