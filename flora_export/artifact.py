@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 GOLDEN = "golden.safetensors"
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, None)  # None: numpy's short write
 REPORT = "report.json"  # written by every verify, so the manifest holds no hash of it
 
 
@@ -184,7 +184,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _WRITE_ERRORS:
             raise
-        raise BackendError(f"{output}: could not be written ({error.strerror}). What was there is as it was; make room and build again.") from error
+        raise BackendError(f"{output}: could not be written ({error.strerror or error}). What was there is as it was; make room and build again.") from error
     finally:
         os.close(lock)
         shutil.rmtree(directory, ignore_errors=True)

@@ -196,3 +196,7 @@ def _progress() -> Callable[[str, int, int], None]:
             last = "" if done == of else what
 
     return show
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from flora_export.ledger import LedgerReport, block_records, check_ledger, plann
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.verify.golden import replay, write_golden
 from flora_export.verify.numerics import STEPS, Runner, compare
-from flora_export.verify.prompts import encode_prompts
+from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
 Explained = tuple[list[BlockRecord], dict[str, dict[str, int]], list[LedgerEntry], LedgerReport | None]
@@ -116,6 +116,7 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
         allow_vacuous=allow_vacuous,
         progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
     )
+    numerics.causes += tokenizer_faults(artifact, base)
     return Report(LedgerReport(), numerics, environment=_environment())
 
 

@@ -78,7 +78,7 @@ class Decoder:
     """
 
     def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> None:
-        """Load the artifact; without its adapter, each B is replaced by zeros in memory, so that what is left is the base model.
+        """Load the artifact; without its adapter, what each B would add is zeroed in memory, so that the base model is left.
 
         Args:
             threads: of one operator; 0 leaves it to ONNX Runtime.
@@ -98,9 +98,9 @@ class Decoder:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
-        self._kept = [] if adapter else _silence(options, artifact)  # the session reads these, and does not own them
+        model = artifact.model if adapter else _without_adapter(artifact, options)
         try:
-            self.session = ort.InferenceSession(artifact.model, options, providers=[provider])
+            self.session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:  # ONNX Runtime raises several types, none public
             raise BackendError(f"ONNX Runtime refuses {artifact.model}: {error}") from error
         self.outputs = [output.name for output in self.session.get_outputs()]
@@ -161,21 +161,25 @@ def _as_float32(value: Any) -> Logits:
     return value.numpy().astype(np.float32)  # type: ignore[no-any-return]
 
 
-def _silence(options: ort.SessionOptions, artifact: Artifact) -> list[Any]:
-    """Override, in memory, every initializer that holds a B by itself with zeros in B's slice."""
-    initializers = ir.load(artifact.model).graph.initializers
-    kept = []
+def _without_adapter(artifact: Artifact, options: ort.SessionOptions) -> bytes:
+    """The graph with every B silenced: what a MatMul feeds to B's rows of its weight is multiplied by zero. Weights stay where they are.
+
+    (Replacing the initializers in the session is not enough: a graph that ONNX Runtime casts to another precision keeps the file's.)
+    """
+    model = ir.load(artifact.model)
     for entry in artifact.manifest.ledger:
-        if entry.origin != "adapter" or not entry.tensor.endswith(".ffba_B.weight"):
+        weight = model.graph.initializers.get(entry.initializer)
+        if weight is None or entry.origin != "adapter" or not entry.tensor.endswith(".ffba_B.weight"):
             continue
-        tensor = initializers[entry.initializer].const_value
-        assert tensor is not None
-        values = np.array(tensor.numpy())
-        values[(slice(None),) * entry.axis + (slice(entry.start, entry.stop),)] = 0
-        if tensor.dtype == ir.DataType.BFLOAT16:
-            override = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), 16)
-        else:
-            override = ort.OrtValue.ortvalue_from_numpy(values)
-        options.add_initializer(entry.initializer, override)
-        kept.append(override)
-    return kept
+        assert weight.shape is not None and weight.dtype is not None
+        mask = np.ones(int(weight.shape[0]), weight.dtype.numpy())  # type: ignore[arg-type]
+        mask[entry.start : entry.stop] = 0
+        value = ir.Value(name=f"{entry.tensor}.mask", const_value=ir.tensor(mask, name=f"{entry.tensor}.mask"))
+        model.graph.initializers.add(value)
+        for node, _ in list(weight.uses()):
+            silenced = ir.node("Mul", [node.inputs[0], value], name=f"{entry.tensor}.silenced")
+            silenced.outputs[0].name = f"{entry.tensor}.silenced.out"
+            model.graph.insert_before(node, silenced)
+            node.replace_input_with(0, silenced.outputs[0])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
+    return ir.to_proto(model).SerializeToString()

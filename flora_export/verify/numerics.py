@@ -1,7 +1,7 @@
 """Numeric parity of an artifact with eager PyTorch, on what matters: the base model alone, and the adapter's own effect.
 
 The effect is logits(adapter) - logits(base). An artifact that has lost its adapter is close to eager in its logits, since the adapter
-changes little; its effect is zero, and that is noticed. The artifact's base model is the artifact itself with each B zeroed in memory.
+changes little; its effect is zero, and that is noticed. The artifact's base model is the artifact itself with each B silenced.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def judge(result: Numerics, *, allow_vacuous: bool) -> list[str]:
             else:
                 causes.append(
                     f"wrong adapter: its effect is off by {worst.effect_error:.1%} in {worst.name} (allowed {tolerance.effect:.1%}); "
-                    f"it is best explained by a B scaled by {worst.effect_scale:.3f}"
+                    f"along eager's effect it is {worst.effect_scale:.3f} times as strong"
                 )
     worst = max(result.cases, key=lambda case: _nan_last(case.logits_error / limit(case)))
     if not worst.logits_error <= limit(worst):

@@ -1,0 +1,285 @@
+"""Verification notices what is wrong, and says which: a byte, a tensor, the base, the adapter. Each fault is put into a copy of a good artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from flora_export.artifact import DATA, GOLDEN, MANIFEST, Artifact, LedgerEntry, open_artifact, seal
+from flora_export.errors import ArtifactError, FloraExportError, VerificationError
+from flora_export.ledger import check_ledger
+from flora_export.pipeline import BuildOptions, build, verify
+from flora_export.verify.report import Report
+from tests.conftest import silent
+from tests.families import make_adapter, make_base
+
+
+@pytest.fixture(scope="module")
+def built(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "out"
+    build(adapter, str(base), out, BuildOptions(), silent)
+    return out
+
+
+@pytest.fixture
+def out(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "out"))
+
+
+@pytest.fixture
+def check(base: Path, adapter: Path) -> Callable[[Path], Report]:
+    return lambda out: verify(out, adapter, str(base), False, silent)
+
+
+def edit(out: Path, change: Callable[[LedgerEntry, Any], None], *, forge: bool) -> None:
+    """Change the written slices. `forge` makes hashes and ledger agree with the change, as a careful forger would."""
+    artifact = open_artifact(out)
+    initializers = ir.load(artifact.model).graph.initializers
+    entries = []
+    for entry in artifact.manifest.ledger:
+        tensor = initializers[entry.initializer].const_value
+        if not isinstance(tensor, ir.ExternalTensor):  # small ones stand in model.onnx itself
+            entries.append(entry)
+            continue
+        data = np.memmap(out / DATA, dtype=tensor.dtype.numpy(), mode="r+", offset=tensor.offset or 0, shape=tuple(map(int, tensor.shape)))
+        view = data[(slice(None),) * entry.axis + (slice(entry.start, entry.stop),)]
+        change(entry, view)
+        data.flush()
+        entries.append(dataclasses.replace(entry, sha256=_digest(view)))
+    if forge:
+        seal(out, dataclasses.replace(artifact.manifest, ledger=entries))
+
+
+def _digest(view: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(view).tobytes()).hexdigest()
+
+
+def scale_b(factor: float) -> Callable[[LedgerEntry, Any], None]:
+    def change(entry: LedgerEntry, view: Any) -> None:
+        if entry.tensor.endswith("ffba_B.weight"):
+            view *= factor
+
+    return change
+
+
+def test_a_good_one(built: Path, check: Callable[[Path], Report]) -> None:
+    for report in (check(built), verify(built, None, None, False, silent)):
+        assert report.verified, report.to_text()
+        assert report.ledger.adapter_tensors == 2 * 5
+        assert "VERIFIED" in report.to_text()
+        assert json.loads(report.to_json())["verified"] is True
+    numerics = check(built).numerics
+    assert numerics is not None
+    assert len(numerics.cases) == 6
+    assert {case.first_divergent_token for case in numerics.cases} == {None}
+
+
+def test_each_base_tensor_is_found_in_the_base_models_own_file(built: Path, check: Callable[[Path], Report]) -> None:
+    ledger = check(built).ledger
+    # embedding, final norm and head; per layer two norms, q, k and v packed, o, gate, up, down; derived are the rotary tables
+    assert ledger.base_tensors_equal == 3 + 2 * 7
+    assert sorted(ledger.base_tensors_derived) == ["model.rotary_emb.cos_cache", "model.rotary_emb.sin_cache"]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+def test_one_flipped_byte_names_its_tensor(out: Path, check: Callable[[Path], Report], kind: str) -> None:
+    artifact = open_artifact(out)
+    entry = next(e for e in artifact.manifest.ledger if e.origin == kind and "mlp" in e.tensor and e.initializer.endswith("1.mlp.down_proj.weight_t"))
+    tensor = ir.load(artifact.model).graph.initializers[entry.initializer].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    with (out / DATA).open("r+b") as file:  # down_proj is stacked along axis 0, so a slice is a run of bytes
+        file.seek((tensor.offset or 0) + entry.start * int(tensor.shape[1]) * 4 + 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    for report in (check_ledger(artifact), verify(out, None, None, False, silent).ledger, check(out).ledger):
+        assert [fault for fault in report.faults if fault.startswith(entry.tensor)] == [
+            f"{entry.tensor}: its bytes are not in {entry.initializer}, axis 0, slice [{entry.start}, {entry.stop})"
+        ]
+        assert f"{DATA} is not the file that was built: its SHA-256 differs from the manifest's" in report.faults
+
+
+@pytest.mark.parametrize("forge", [False, True])
+def test_zeroed_b_is_a_missing_adapter(out: Path, check: Callable[[Path], Report], forge: bool) -> None:
+    edit(out, scale_b(0.0), forge=forge)
+    report = check(out)
+    assert not report.verified
+    assert any(cause.startswith("missing adapter: the artifact shows 0.0%") for cause in report.causes)
+    assert any(re.search(r"ffba_B.weight: (its bytes are not in|the checkpoint's B, times 2, is not what)", cause) for cause in report.causes)
+    assert not verify(out, None, None, False, silent).verified  # the golden vectors notice it too, or the ledger
+
+
+def test_b_scaled_by_five_percent_is_a_wrong_adapter(out: Path, check: Callable[[Path], Report]) -> None:
+    edit(out, scale_b(1.05), forge=True)
+    report = check(out)
+    (cause,) = [cause for cause in report.causes if cause.startswith("wrong adapter")]
+    assert re.search(r"effect is off by [3-7]\.\d% .* is 1\.0[1-7]\d times as strong", cause)
+    assert report.numerics is not None
+    assert max(case.base_error for case in report.numerics.cases) < 1e-4
+
+
+def test_a_damaged_base_is_told_from_a_wrong_adapter(out: Path, check: Callable[[Path], Report]) -> None:
+    def change(entry: LedgerEntry, view: Any) -> None:
+        if entry.origin == "base" and entry.tensor == "model.layers.1.mlp.up_proj.weight_t":
+            view *= 1.05
+
+    edit(out, change, forge=True)
+    report = check(out)
+    assert report.numerics is not None
+    assert [cause.split(":")[0] for cause in report.numerics.causes] == ["wrong base"]
+    assert "model.layers.1.mlp.up_proj.weight_t" in report.ledger.base_tensors_derived
+
+
+def test_nan_is_a_failure(out: Path, check: Callable[[Path], Report]) -> None:
+    def change(entry: LedgerEntry, view: Any) -> None:
+        if entry.tensor.endswith("layers.0.mlp.ffba_A.weight"):
+            view[0, 0] = np.nan
+
+    edit(out, change, forge=True)
+    assert not check(out).verified
+
+
+def test_a_dropped_adapter(out: Path, base: Path, check: Callable[[Path], Report], tmp_path: Path) -> None:
+    """The base model's graph and weights, put under the artifact's manifest."""
+    from flora_export.base_model import load_base
+    from flora_export.capture import capture
+    from flora_export.ledger import write_model
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_model(capture(load_base(str(base)), "cpu", "fp32").model, bare)
+    for file in bare.iterdir():
+        shutil.copy(file, out)
+    seal(out, open_artifact(out).manifest)
+    report = check(out)
+    assert any(cause.startswith("missing adapter") for cause in report.causes)
+    assert any("ffba_B.weight: its bytes are not in" in cause for cause in report.causes)
+
+
+def test_the_ledger_must_hold_every_tensor_once(built: Path, out: Path) -> None:
+    manifest = open_artifact(built).manifest
+    (entry,) = [e for e in manifest.ledger if e.tensor.endswith("layers.0.mlp.ffba_B.weight")]
+    others = [e for e in manifest.ledger if e is not entry]
+    for ledger, fault in (
+        (others, f"{entry.tensor}: has 0 slices in the artifact, but must have one"),
+        ([*manifest.ledger, entry], f"{entry.tensor}: has 2 slices in the artifact, but must have one"),
+        ([*others, dataclasses.replace(entry, start=entry.start - 1)], "does not follow the one before it"),
+        ([e for e in manifest.ledger if e.initializer != entry.initializer], f"initializer {entry.initializer} is in model.onnx, but not in the ledger"),
+        ([*manifest.ledger, dataclasses.replace(entry, tensor="stranger")], "stranger: in the ledger, but not in the checkpoint"),
+    ):
+        faults = check_ledger(Artifact(out, dataclasses.replace(manifest, ledger=ledger))).faults
+        assert any(fault in f for f in faults), faults
+
+
+def test_data_outside_the_artifact_is_not_read(out: Path) -> None:
+    model = ir.load(out / "model.onnx")
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            old = value.const_value
+            value.const_value = ir.ExternalTensor("../secret", old.offset, old.length, old.dtype, shape=old.shape, name=old.name)
+            break
+    ir.save(model, out / "model.onnx")
+    with pytest.raises(ArtifactError, match="Only files of the artifact itself are read"):
+        check_ledger(open_artifact(out))
+
+
+@pytest.mark.parametrize("damage", ["missing data", "short data", "no model", "broken model"])
+def test_broken_files(out: Path, damage: str) -> None:
+    if damage == "missing data":
+        (out / DATA).unlink()
+    elif damage == "short data":
+        (out / DATA).write_bytes((out / DATA).read_bytes()[:-4])
+    elif damage == "no model":
+        (out / "model.onnx").unlink()
+    else:
+        (out / "model.onnx").write_bytes(b"\xff" * 100)
+    try:
+        report = verify(out, None, None, False, silent)
+    except ArtifactError as error:
+        assert "model.onnx" in str(error)  # noqa: PT017
+    else:
+        assert any(DATA in fault for fault in report.ledger.faults)
+
+
+def test_another_checkpoint_or_base(built: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = make_adapter(base, tmp_path / "other", seed=5)
+    causes = verify(built, other, str(base), False, silent).causes
+    assert any("is not the checkpoint that the artifact was built from" in cause for cause in causes)
+    assert any(cause.startswith("wrong adapter") for cause in causes)
+    causes = verify(built, adapter, str(make_base("llama", tmp_path / "base", seed=9)), False, silent).causes
+    assert any("is not the base model that the artifact was built from" in cause for cause in causes)
+    assert any(cause.startswith("wrong base") for cause in causes)
+
+
+def test_an_untrained_adapter_is_vacuous(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", init_ffba_weights=True)
+    with pytest.raises(VerificationError, match=r"vacuous: the adapter's own effect on the logits \(0\)"):
+        build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)
+    assert not (tmp_path / "out").exists()
+    _, report = build(adapter, str(base), tmp_path / "out", BuildOptions(allow_vacuous=True), silent)
+    assert report is not None
+    assert report.verified
+
+
+def test_golden_vectors(out: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(out / GOLDEN)
+    assert {name: (str(t.dtype), t.ndim) for name, t in tensors.items() if name.startswith("prompt.0")} == {
+        "prompt.0.input_ids": ("int64", 1), "prompt.0.tokens": ("int64", 1), "prompt.0.logits": ("float32", 2)
+    }  # fmt: skip
+    assert len(tensors["prompt.0.tokens"]) == len(tensors["prompt.0.logits"]) == 16
+    tensors["prompt.1.logits"][3, 4] += 0.01
+    save_file(tensors, out / GOLDEN)
+    seal(out, open_artifact(out).manifest)
+    assert [cause.split(":")[0] for cause in verify(out, None, None, False, silent).causes] == ["golden prompt 1"]
+    (out / GOLDEN).write_bytes(b"x")
+    seal(out, open_artifact(out).manifest)
+    with pytest.raises(ArtifactError, match="is damaged"):
+        verify(out, None, None, False, silent)
+
+
+def test_without_golden_vectors(base: Path, adapter: Path, tmp_path: Path) -> None:
+    artifact, report = build(adapter, str(base), tmp_path / "out", BuildOptions(verify=False), silent)
+    assert report is None
+    assert not artifact.manifest.verified
+    with pytest.raises(ArtifactError, match=r"was built with --no-verify\. Verify it with --ckpt"):
+        verify(tmp_path / "out", None, None, False, silent)
+    assert verify(tmp_path / "out", adapter, str(base), False, silent).verified
+
+
+@pytest.mark.parametrize(("target", "precision"), [("cpu", "fp16"), ("cuda", "fp32")])
+def test_other_precisions_and_targets(base: Path, adapter: Path, tmp_path: Path, target: str, precision: str) -> None:
+    """fp16 runs on the CPU provider; a graph for CUDA is built here and verified where CUDA is."""
+    options = BuildOptions(target=target, precision=precision, verify=target == "cpu")
+    artifact, report = build(adapter, str(base), tmp_path / "out", options, silent)
+    assert artifact.manifest.padding == "left"  # the standard Attention operator
+    assert check_ledger(artifact).faults == []
+    if target == "cpu":
+        assert report is not None
+        assert report.verified
+        edit(tmp_path / "out", scale_b(1.05), forge=True)
+        assert any(c.startswith("wrong adapter") for c in verify(tmp_path / "out", adapter, str(base), False, silent).causes)
+    else:
+        with pytest.raises(FloraExportError, match="has no|is for cuda, but this ONNX Runtime has"):
+            verify(tmp_path / "out", adapter, str(base), False, silent)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_cuda_graphs_of_half_precision_are_built(base: Path, adapter: Path, tmp_path: Path, precision: str) -> None:
+    artifact, _ = build(adapter, str(base), tmp_path / "out", BuildOptions(target="cuda", precision=precision, verify=False), silent)
+    assert artifact.manifest.padding == "right"
+    assert artifact.manifest.operators["after"]["GroupQueryAttention"] == 2
+    assert check_ledger(artifact).faults == []
+    assert (tmp_path / "out" / MANIFEST).exists()
