@@ -23,7 +23,16 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 GOLDEN = "golden.safetensors"
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, None)  # None: numpy's short write
+_WRITE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    None,
+)  # None: numpy's short write
 REPORT = "report.json"  # written by every verify, so the manifest holds no hash of it
 
 
@@ -118,7 +127,9 @@ def open_artifact(path: Path) -> Artifact:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ArtifactError(f"{file}: schema version {version!r}, but this flora-export reads {SCHEMA_VERSION}. Build the artifact again.")
+            raise ArtifactError(
+                f"{file}: schema version {version!r}, but this flora-export reads {SCHEMA_VERSION}. Build the artifact again."
+            )
         for key, cls in (("inputs", Tensor), ("outputs", Tensor), ("blocks", BlockRecord), ("ledger", LedgerEntry)):
             content[key] = [cls(**item) for item in content[key]]
         manifest = Manifest(**content)
@@ -184,7 +195,9 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _WRITE_ERRORS:
             raise
-        raise BackendError(f"{output}: could not be written ({error.strerror or error}). What was there is as it was; make room and build again.") from error
+        raise BackendError(
+            f"{output}: could not be written ({error.strerror or error}). What was there is as it was; make room and build again."
+        ) from error
     finally:
         os.close(lock)
         shutil.rmtree(directory, ignore_errors=True)

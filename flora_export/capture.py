@@ -65,7 +65,9 @@ def capture(base: BaseModel, target: str, precision: str) -> Capture:
 
             package = mobius.build(str(base.path), execution_provider=target, dtype=PRECISIONS[target][precision])
     except ImportError as error:
-        raise BackendError(f"mobius, which captures the base model, cannot be imported ({error}): pip install 'flora-export[cpu]'") from error
+        raise BackendError(
+            f"mobius, which captures the base model, cannot be imported ({error}): pip install 'flora-export[cpu]'"
+        ) from error
     except Exception as error:  # mobius documents no error types
         raise CheckpointError(
             f"base model {base.name}: mobius cannot capture a {base.config.get('model_type')!r} model ({type(error).__name__}: {error})"
@@ -79,7 +81,7 @@ def capture(base: BaseModel, target: str, precision: str) -> Capture:
 
 
 def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:
-    """State what mobius 0.1.0 leaves out: the sliding windows of Gemma 2 and 3 and Qwen 2, Gemma 3's attention scale and second rotary table.
+    """State what mobius 0.1.0 leaves out: sliding windows (Gemma 2 and 3, Qwen 2), Gemma 3's attention scale and second rotary table.
 
     GroupQueryAttention takes a window of W as transformers does: a token sees itself and the W - 1 before it.
 
@@ -108,7 +110,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:
                 node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
             elif window < int(base.config.get("max_position_embeddings", 2**31)):
                 raise CheckpointError(
-                    f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which the captured {node.op_type} cannot express. "
+                    f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which {node.op_type} cannot express. "
                     "Windows need GroupQueryAttention: --target cpu --precision fp32, or --target cuda with fp16 or bf16."
                 )
 

@@ -28,7 +28,9 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 DTYPES = ("F32", "F16", "BF16")
 MAX_WEIGHT_BYTES = 8 * 2**30
-_KEY = re.compile(r"base_model\.model\.(?P<block>(?P<layers>(?:\w+\.)*layers)\.(?P<layer>\d+)\.(?P<name>\w+))\.ffba_(?P<matrix>[ABG])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<block>(?P<layers>(?:\w+\.)*layers)\.(?P<layer>\d+)\.(?P<name>\w+))\.ffba_(?P<matrix>[ABG])\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def load_checkpoint(path: Path, base: BaseModel) -> Checkpoint:
     config = read_config(path)
     if not (path / WEIGHTS).is_file():
         if (path / PICKLE).exists():
-            raise CheckpointError(f"{path / PICKLE} is a pickle, which can run code when read. Save the adapter with safe_serialization=True.")
+            raise CheckpointError(
+                f"{path / PICKLE} is a pickle, which can run code when read. Save the adapter with safe_serialization=True."
+            )
         raise CheckpointError(f"{path}: {WEIGHTS} is missing")
     if (path / WEIGHTS).stat().st_size > MAX_WEIGHT_BYTES:
         raise CheckpointError(f"{path / WEIGHTS}: more than {MAX_WEIGHT_BYTES} bytes; no FFBA adapter is that large")
@@ -156,7 +160,9 @@ def _plan(path: Path, config: dict[str, Any], base: BaseModel, keys: Iterable[st
             activation = config["attn_activation"] if kind == "attention" else config["mlp_activation"]
             branches.append(Branch(block, kind, activation, rank, adapter_scale(config["alpha"], rank, config["use_rslora"])))
     if not branches:
-        raise CheckpointError(f"{path / CONFIG}: target_modules {config['target_modules']!r} selects no block; expected {', '.join(BLOCK_KINDS)}")
+        raise CheckpointError(
+            f"{path / CONFIG}: target_modules {config['target_modules']!r} selects no block; expected {', '.join(BLOCK_KINDS)}"
+        )
     return tuple(branches)
 
 
@@ -184,10 +190,15 @@ def _check_header(path: Path, branches: tuple[Branch, ...], base: BaseModel, fou
     expected = {tensor_name(b, m): (f"{b.block} {m}", b.shape(m, base.width)) for b in branches for m in b.matrices}
     for key, (where, shape) in expected.items():
         if key not in found:
-            raise CheckpointError(f"{path / WEIGHTS}: {where} is missing ({key}; {len(expected.keys() - found.keys())} in all). Is the base model the right one?")
+            raise CheckpointError(
+                f"{path / WEIGHTS}: {where} is missing ({key}; {len(expected.keys() - found.keys())} in all). "
+                "Is the base model the right one?"
+            )
         dtype, got = found[key]
         if got != shape:
-            raise CheckpointError(f"{path / WEIGHTS}: {where} is {got}, but the base model and its rank need {shape}. Trained on another base model?")
+            raise CheckpointError(
+                f"{path / WEIGHTS}: {where} is {got}, but the base model and its rank need {shape}. Trained on another base model?"
+            )
         if dtype not in DTYPES:
             raise CheckpointError(f"{path / WEIGHTS}: {where} is {dtype}, but must be one of {', '.join(DTYPES)}")
     extra = sorted(found.keys() - expected.keys())
@@ -201,4 +212,6 @@ def _check_header(path: Path, branches: tuple[Branch, ...], base: BaseModel, fou
 def _check_finite(path: Path, key: str, values: npt.NDArray[Any]) -> None:
     bad = values.size - int(np.isfinite(values).sum())
     if bad:
-        raise CheckpointError(f"{path / WEIGHTS}: {key} holds {bad} NaN or infinite numbers. Training has diverged; take an earlier checkpoint.")
+        raise CheckpointError(
+            f"{path / WEIGHTS}: {key} holds {bad} NaN or infinite numbers. Training has diverged; take an earlier checkpoint."
+        )

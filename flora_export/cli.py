@@ -24,7 +24,9 @@ DIRECTORY = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
 base_option = click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the one that the adapter names.")
-vacuous_option = click.option("--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one.")
+vacuous_option = click.option(
+    "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
+)
 
 
 @click.group()
@@ -41,12 +43,24 @@ def main() -> None:
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Machine to build for.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--fuse", type=click.Choice(FUSE), default="both", show_default=True, help="How far adapter branches are fused.")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
+)
 @vacuous_option
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @json_option
 def build(
-    ckpt: Path, backend: str, base: str | None, output: Path, target: str, precision: str, fuse: str, verify: bool, allow_vacuous: bool, force: bool, as_json: bool
+    ckpt: Path,
+    backend: str,
+    base: str | None,
+    output: Path,
+    target: str,
+    precision: str,
+    fuse: str,
+    verify: bool,
+    allow_vacuous: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Build an artifact from the adapter CKPT."""
 
@@ -148,7 +162,8 @@ def generate(out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_a
             click.echo("\n---\n".join(a.text for a in answers))
         a = answers[0]
         click.echo(
-            f"{a.prompt_tokens} prompt tokens, {a.new_tokens} new; first after {a.time_to_first_token * 1000:.0f} ms, then {a.time_per_output_token * 1000:.1f} ms each",
+            f"{a.prompt_tokens} prompt tokens, {a.new_tokens} new; first after {a.time_to_first_token * 1000:.0f} ms, "
+            f"then {a.time_per_output_token * 1000:.1f} ms each",
             err=True,
         )
         return 0

@@ -11,7 +11,9 @@ from flora_export.ledger import LedgerReport
 COUNTED = {"GEMMs": ("MatMul", "Gemm"), "Split": ("Split",), "Concat": ("Concat",)}
 
 
-def ledger_dict(blocks: list[BlockRecord], operators: dict[str, dict[str, int]], entries: list[LedgerEntry], report: LedgerReport | None) -> dict[str, Any]:
+def ledger_dict(
+    blocks: list[BlockRecord], operators: dict[str, dict[str, int]], entries: list[LedgerEntry], report: LedgerReport | None
+) -> dict[str, Any]:
     """The ledger as one JSON object: `tensors` are the adapter's, `base` the base model's."""
     return {
         "ok": report is None or not report.faults,
@@ -31,7 +33,9 @@ def ledger_text(blocks: list[BlockRecord], operators: dict[str, dict[str, int]],
     for block in blocks:
         hosts = f"{' + '.join(map(short, block.reads))} -> {' + '.join(map(short, block.writes))}"
         why = f"  ({block.reason})" if block.reason else ""
-        lines.append(f"{block.block:<{width}}  {block.rank:>4}  {block.scale:>7g}  {block.activation:<10}  {block.fusion:<16}  {hosts}{why}")
+        lines.append(
+            f"{block.block:<{width}}  {block.rank:>4}  {block.scale:>7g}  {block.activation:<10}  {block.fusion:<16}  {hosts}{why}"
+        )
     lines.append("")
     for label, names in COUNTED.items():
         before, after = (sum(operators[when].get(name, 0) for name in names) for when in ("before", "after"))
@@ -39,12 +43,13 @@ def ledger_text(blocks: list[BlockRecord], operators: dict[str, dict[str, int]],
     if report is not None:
         lines.append("")
         lines += [f"FAULT {fault}" for fault in report.faults]
-        lines.append(
-            f"{report.checked} slices checked bit for bit, {report.adapter_tensors} adapter tensors: {'every one is in its place' if not report.faults else f'{len(report.faults)} faults'}"
-        )
+        verdict = f"{len(report.faults)} faults" if report.faults else "every one is in its place"
+        lines.append(f"{report.checked} slices checked bit for bit, {report.adapter_tensors} adapter tensors: {verdict}")
     return "\n".join(lines)
 
 
 def short(weight: str) -> str:
     """`model.layers.0.mlp.up_proj.weight_t` -> `up_proj`; a packed one -> `q_proj|k_proj|v_proj`."""
-    return "|".join(name.removesuffix("_t").removesuffix(".weight").rpartition(".")[2] for name in weight.removesuffix("__axis_0__concat_t").split("__"))
+    return "|".join(
+        name.removesuffix("_t").removesuffix(".weight").rpartition(".")[2] for name in weight.removesuffix("__axis_0__concat_t").split("__")
+    )

@@ -50,7 +50,10 @@ def generate(
     rows = [_encode(tokenizer, prompt, chat=chat) for prompt in prompts]
     room = int(config.get("max_position_embeddings", 2**31)) - max(map(len, rows))
     if room < 1 or not all(rows):
-        raise ArtifactError(f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, and leave room in a context of {config.get('max_position_embeddings')}")
+        raise ArtifactError(
+            f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, "
+            f"and leave room in a context of {config.get('max_position_embeddings')}"
+        )
     ends = _end_tokens(artifact, config)
     decoder = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
 

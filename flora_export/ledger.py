@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +25,7 @@ from flora_export.checkpoint import Checkpoint, tensor_name
 from flora_export.errors import ArtifactError
 from flora_export.passes import Fused
 from flora_export.passes.attach import adapter_reader, weight_name
-from flora_export.weights import Array, parts_of
+from flora_export.weights import Array, dims_of, parts_of
 
 Progress = Callable[[int, int], None]  # (done, of)
 
@@ -75,17 +76,18 @@ class _Hashing(ir.LazyTensor):
 
     def __init__(self, value: ir.Value, digests: dict[str, list[str]]) -> None:
         self.axis, self.parts = parts_of(value)
+        self.dims = dims_of(value)
         self.digests = digests
         tensor = value.const_value
         assert tensor is not None
-        super().__init__(self._read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name)
+        super().__init__(self._read, dtype=tensor.dtype, shape=ir.Shape(dims_of(value)), name=value.name)
 
-    def _read(self) -> ir.Tensor:
+    def _read(self) -> ir.Tensor[Any]:
         arrays = [np.ascontiguousarray(part.read()) for part in self.parts]
         assert self.name is not None
         self.digests[self.name] = [_sha256(array) for array in arrays]
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis)
-        return ir.Tensor(whole.reshape(tuple(int(d) for d in self.shape)), dtype=self.dtype, name=self.name)
+        return ir.Tensor(whole.reshape(self.dims), dtype=self.dtype, name=self.name)
 
 
 def _sha256(array: Array) -> str:
@@ -159,13 +161,20 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
     expected = 0
     for entry in sorted(entries, key=lambda e: e.start):
         if entry.start != expected or entry.stop <= entry.start or entry.axis >= values.ndim:
-            report.faults.append(f"{entry.tensor}: slice [{entry.start}, {entry.stop}) of {tensor.name} does not follow the one before it, which ends at {expected}")
+            report.faults.append(
+                f"{entry.tensor}: slice [{entry.start}, {entry.stop}) of {tensor.name} does not follow the one before it, "
+                f"which ends at {expected}"
+            )
         expected = entry.stop
         report.checked += 1
         if _sha256(_slice(values, entry)) != entry.sha256:
-            report.faults.append(f"{entry.tensor}: its bytes are not in {tensor.name}, axis {entry.axis}, slice [{entry.start}, {entry.stop})")
+            report.faults.append(
+                f"{entry.tensor}: its bytes are not in {tensor.name}, axis {entry.axis}, slice [{entry.start}, {entry.stop})"
+            )
     if expected != values.shape[entries[0].axis]:
-        report.faults.append(f"{tensor.name}: the ledger explains {expected} of {values.shape[entries[0].axis]} along axis {entries[0].axis}")
+        report.faults.append(
+            f"{tensor.name}: the ledger explains {expected} of {values.shape[entries[0].axis]} along axis {entries[0].axis}"
+        )
 
 
 def _slice(values: Array, entry: LedgerEntry) -> Array:
@@ -197,15 +206,18 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
                 continue
             dtype = initializers[entry.initializer].dtype
             if _sha256(adapter_reader(checkpoint, branch, matrix, dtype)()) != entry.sha256:
-                report.faults.append(f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds" if matrix == "B" else
-                                     f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds")
+                report.faults.append(
+                    f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
+                    if matrix == "B"
+                    else f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds"
+                )
 
 
 def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.TensorProtocol], report: LedgerReport) -> None:
     """Find the base model's own tensors in the artifact. The capture may have derived some (norms, rotary tables): those are listed."""
     if base.digests != artifact.manifest.base["files"]:
         report.faults.append(f"{base.path} is not the base model that the artifact was built from: its SHA-256 is another")
-    files = {key: file for file in base.weights for key in safe_open(file, framework="numpy").keys()}  # noqa: SIM118
+    files = {key: file for file in base.weights for key in safe_open(file, framework="numpy").keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
     for entry in artifact.manifest.ledger:
         if entry.origin != "base":
             continue

@@ -97,7 +97,9 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, allow_vacuous: 
     return report
 
 
-def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, allow_vacuous: bool, progress: Progress, *, golden: bool) -> Report:
+def _verify_numerics(
+    artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, allow_vacuous: bool, progress: Progress, *, golden: bool
+) -> Report:
     from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
 
     progress("loading eager PyTorch", 0, 1)
@@ -121,7 +123,8 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
 
 
 def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
-    return load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+    runner: Runner = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+    return runner
 
 
 def _environment() -> dict[str, str]:
@@ -142,4 +145,9 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) ->
     base, checkpoint = load_sources(path, base_name)
     progress("capturing the base model", 0, 1)
     fused = fuse_adapter(capture(base, "cpu", "fp32"), base, checkpoint, fuse)
-    return block_records(fused), {"before": fused.operators_before, "after": operator_counts(fused.model)}, planned_entries(fused.model), None
+    return (
+        block_records(fused),
+        {"before": fused.operators_before, "after": operator_counts(fused.model)},
+        planned_entries(fused.model),
+        None,
+    )

@@ -32,7 +32,12 @@ class Reference:
         try:
             with _quiet():
                 model = AutoModelForCausalLM.from_pretrained(
-                    base.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, attn_implementation="eager"
+                    base.path,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    attn_implementation="eager",
                 )
                 self.model = peft.PeftModel.from_pretrained(model, str(checkpoint)).eval()
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:

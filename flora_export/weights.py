@@ -45,8 +45,22 @@ class Stacked(ir.LazyTensor):
         dims.insert(axis, sum(part.size for part in parts))
         super().__init__(self._stack, dtype=dtype, shape=ir.Shape(dims), name=name)
 
-    def _stack(self) -> ir.Tensor:
+    def _stack(self) -> ir.Tensor[Any]:
         return ir.Tensor(np.concatenate([part.read() for part in self.parts], axis=self.axis), dtype=self.dtype, name=self.name)
+
+
+def dims_of(value: ir.Value) -> list[int]:
+    """The dimensions of an initializer."""
+    assert value.const_value is not None
+    return list(value.const_value.shape.numpy())
+
+
+def add_sizes(model: ir.Model, name: str, sizes: Sequence[int]) -> ir.Value:
+    """A new int64 initializer, for a Split."""
+    tensor = ir.Tensor(np.array(sizes, dtype=np.int64), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+    model.graph.initializers.add(value)
+    return value
 
 
 def parts_of(value: ir.Value) -> tuple[int, tuple[Part, ...]]:
@@ -55,8 +69,7 @@ def parts_of(value: ir.Value) -> tuple[int, tuple[Part, ...]]:
     if isinstance(tensor, Stacked):
         return tensor.axis, tensor.parts
     assert tensor is not None and value.name is not None
-    size = tensor.shape[0] if len(tensor.shape) else 1
-    assert isinstance(size, int)
+    size = next(iter(dims_of(value)), 1)
     origin: Origin = "base" if tensor.dtype.is_floating_point() else "constant"
     return 0, (Part(value.name, origin, size, 1.0, tensor.numpy),)
 
@@ -74,7 +87,7 @@ def widen(value: ir.Value, axis: int, additions: Sequence[tuple[int, Part]]) -> 
     old_axis, old_parts = parts_of(value)
     if len(old_parts) > 1 and old_axis != axis:
         raise FusionError(f"{value.name} is widened along axis {old_axis} already and cannot be widened along axis {axis} as well")
-    dims = [int(d) for d in tensor.shape]
+    dims = dims_of(value)
     if len(old_parts) == 1:  # the size that a part states is the one along its initializer's axis
         old = old_parts[0]
         old_parts = (Part(old.tensor, old.origin, dims[axis], old.scale, old.read),)
@@ -83,11 +96,12 @@ def widen(value: ir.Value, axis: int, additions: Sequence[tuple[int, Part]]) -> 
     start = 0
     for part in old_parts:
         stop = start + part.size
+        rest = part
         for offset, addition in [w for w in waiting if start < w[0] < stop]:
-            head, part = _cut(part, axis, offset - start)
+            head, rest = _cut(rest, axis, offset - start)
             parts += [head, addition]
             start = offset
-        parts.append(part)
+        parts.append(rest)
         parts += [addition for offset, addition in waiting if offset == stop]
         start = stop
     stacked = Stacked(value.name, parts, axis, tensor.dtype, dims[:axis] + dims[axis + 1 :])

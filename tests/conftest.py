@@ -9,9 +9,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch  # noqa: E402
+import torch
 
-from tests.families import make_adapter, make_base  # noqa: E402
+from tests.families import make_adapter, make_base
 
 torch.set_num_threads(1)  # tiny models: two workers with a thread each beat one with two
 

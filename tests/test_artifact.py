@@ -32,7 +32,7 @@ def built(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_existing_output(built: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(built, tmp_path / "out"))
     before = listing(out)
-    with pytest.raises(ArtifactError, match="exists already.*--force"):
+    with pytest.raises(ArtifactError, match=r"exists already.*--force"):
         build(adapter, str(base), out, BuildOptions(verify=False), silent)
     assert listing(out) == before
     (out / "left over").touch()
@@ -78,14 +78,22 @@ pipeline.build(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), pipeline.Build
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize(
     ("stage", "done"),
-    [("reading the checkpoint", 0), ("capturing the base model", 0), ("writing", 7), ("comparing with eager PyTorch", 3), ("checking the ledger", 0)],
+    [
+        ("reading the checkpoint", 0),
+        ("capturing the base model", 0),
+        ("writing", 7),
+        ("comparing with eager PyTorch", 3),
+        ("checking the ledger", 0),
+    ],
 )
 def test_sigkill(built: Path, base: Path, adapter: Path, tmp_path: Path, stage: str, done: int, existing: bool) -> None:
-    """Killed while reading, capturing, writing, comparing, sealing: the output is absent or the former one, and the next build sweeps up."""
+    """Killed at any point, the output is absent or the former one, and the next build sweeps up."""
     out = tmp_path / "out"
     if existing:
         shutil.copytree(built, out)
-    result = subprocess.run([sys.executable, "-c", KILL, adapter, base, out, stage, str(done)], capture_output=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", KILL, adapter, base, out, stage, str(done)], capture_output=True, timeout=120, check=False
+    )
     assert result.returncode == -signal.SIGKILL
     assert (listing(out) == listing(built)) if existing else not out.exists()
     assert len(list(tmp_path.glob(".out.building-*"))) == 1
@@ -110,7 +118,7 @@ def test_full_disk(built: Path, base: Path, adapter: Path, tmp_path: Path) -> No
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        with pytest.raises(BackendError, match="could not be written.*make room"):
+        with pytest.raises(BackendError, match=r"could not be written.*make room"):
             build(adapter, str(base), disk / "out", BuildOptions(verify=False), silent)
         assert list(disk.iterdir()) == []
     finally:
@@ -152,4 +160,3 @@ def test_opening(built: Path, tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(text.replace(old, new, 1))
         with pytest.raises(ArtifactError, match=message):
             open_artifact(tmp_path)
-

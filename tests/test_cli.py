@@ -100,7 +100,11 @@ BAD: list[tuple[Callable[[Path, Path, Path], list[Any]], int, str]] = [
     (lambda c, b, o: ["build", c / "no", "--base", b, "--backend", "onnxruntime", "--output", o], 2, "no such adapter directory"),
     (lambda c, b, o: ["build", c, "--base", "/no/where", "--backend", "onnxruntime", "--output", o], 2, "no such directory"),
     (lambda c, b, o: ["build", c, "--base", b, "--backend", "onnxruntime", "--output", b], 2, "exists already"),
-    (lambda c, b, o: ["build", c, "--base", b, "--backend", "onnxruntime", "--output", o, "--precision", "bf16"], 3, "does not run on target cpu"),
+    (
+        lambda c, b, o: ["build", c, "--base", b, "--backend", "onnxruntime", "--output", o, "--precision", "bf16"],
+        3,
+        "does not run on target cpu",
+    ),
     (lambda c, b, o: ["build", c, "--base", b, "--backend", "tensorrt", "--output", o], 3, "backend tensorrt is not built yet"),
     (lambda c, b, o: ["verify", o], 2, "is no artifact"),
     (lambda c, b, o: ["explain", o], 2, "is no artifact"),
@@ -133,8 +137,29 @@ def test_a_fault_of_ours_is_no_failed_verification(monkeypatch: pytest.MonkeyPat
 
 def test_the_real_program_is_quiet(adapter: Path, base: Path, tmp_path: Path) -> None:
     """Nothing foreign on stdout or stderr: no bars, no logs, no warnings of the packages underneath."""
-    command = [sys.executable, "-m", "flora_export.cli", "build", str(adapter), "--base", str(base), "--backend", "onnxruntime", "--output", str(tmp_path / "out"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "flora_export.cli",
+        "build",
+        str(adapter),
+        "--base",
+        str(base),
+        "--backend",
+        "onnxruntime",
+        "--output",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
     assert json.loads(result.stdout)["verified"] is True
-    stages = {"reading the checkpoint", "capturing the base model", "fusing", "writing", "loading eager PyTorch", "comparing with eager PyTorch", "checking the ledger"}
+    stages = {
+        "reading the checkpoint",
+        "capturing the base model",
+        "fusing",
+        "writing",
+        "loading eager PyTorch",
+        "comparing with eager PyTorch",
+        "checking the ledger",
+    }
     assert {line.removesuffix(" ...") for line in result.stderr.splitlines()} == stages

@@ -32,7 +32,9 @@ def test_every_fuse_level_equals_eager(family: str, pair: tuple[str, str], bases
     base = bases(family)
     attention, mlp = pair
     # ranks differ from block to block, so that a mixed-up slice cannot fit
-    adapter = make_adapter(base, tmp_path / "adapter", attn_activation=attention, mlp_activation=mlp, rank_pattern={r"layers.1.mlp": 6, r"0.self_attn": 3})
+    adapter = make_adapter(
+        base, tmp_path / "adapter", attn_activation=attention, mlp_activation=mlp, rank_pattern={r"layers.1.mlp": 6, r"0.self_attn": 3}
+    )
     for fuse in FUSE_LEVELS:
         artifact, report = build(adapter, str(base), tmp_path / fuse, BuildOptions(fuse=fuse), silent)
         assert report is not None

@@ -170,7 +170,8 @@ def test_torch_compile(model: PreTrainedModel) -> None:
 
 def test_low_cpu_memory_loading(base: Path, adapter: Path) -> None:
     plain, low = (
-        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=low).eval() for low in (False, True)
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, low_cpu_mem_usage=low).eval()
+        for low in (False, True)
     )
     torch.testing.assert_close(low(IDS).logits, plain(IDS).logits, rtol=0, atol=0)
 

@@ -65,7 +65,9 @@ def test_imports_go_down(module: str) -> None:
         for target in targets:
             if target.startswith("flora_export") and target in names:
                 there = _place(target)
-                assert there == here or FLOORS[there] < FLOORS[here], f"{module} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[there]})"
+                assert there == here or FLOORS[there] < FLOORS[here], (
+                    f"{module} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[there]})"
+                )
 
 
 def test_files_stay_short() -> None:

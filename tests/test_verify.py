@@ -1,4 +1,4 @@
-"""Verification notices what is wrong, and says which: a byte, a tensor, the base, the adapter. Each fault is put into a copy of a good artifact."""
+"""Verification notices what is wrong, and says which: a byte, a tensor, the base, the adapter. Each fault goes into a copy."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_each_base_tensor_is_found_in_the_base_models_own_file(built: Path, chec
 @pytest.mark.parametrize("kind", ["adapter", "base"])
 def test_one_flipped_byte_names_its_tensor(out: Path, check: Callable[[Path], Report], kind: str) -> None:
     artifact = open_artifact(out)
-    entry = next(e for e in artifact.manifest.ledger if e.origin == kind and "mlp" in e.tensor and e.initializer.endswith("1.mlp.down_proj.weight_t"))
+    entry = next(
+        e for e in artifact.manifest.ledger if e.origin == kind and "mlp" in e.tensor and e.initializer.endswith("1.mlp.down_proj.weight_t")
+    )
     tensor = ir.load(artifact.model).graph.initializers[entry.initializer].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     with (out / DATA).open("r+b") as file:  # down_proj is stacked along axis 0, so a slice is a run of bytes
@@ -116,7 +118,9 @@ def test_zeroed_b_is_a_missing_adapter(out: Path, check: Callable[[Path], Report
     report = check(out)
     assert not report.verified
     assert any(cause.startswith("missing adapter: the artifact shows 0.0%") for cause in report.causes)
-    assert any(re.search(r"ffba_B.weight: (its bytes are not in|the checkpoint's B, times 2, is not what)", cause) for cause in report.causes)
+    assert any(
+        re.search(r"ffba_B.weight: (its bytes are not in|the checkpoint's B, times 2, is not what)", cause) for cause in report.causes
+    )
     assert not verify(out, None, None, False, silent).verified  # the golden vectors notice it too, or the ledger
 
 
@@ -175,7 +179,10 @@ def test_the_ledger_must_hold_every_tensor_once(built: Path, out: Path) -> None:
         (others, f"{entry.tensor}: has 0 slices in the artifact, but must have one"),
         ([*manifest.ledger, entry], f"{entry.tensor}: has 2 slices in the artifact, but must have one"),
         ([*others, dataclasses.replace(entry, start=entry.start - 1)], "does not follow the one before it"),
-        ([e for e in manifest.ledger if e.initializer != entry.initializer], f"initializer {entry.initializer} is in model.onnx, but not in the ledger"),
+        (
+            [e for e in manifest.ledger if e.initializer != entry.initializer],
+            f"initializer {entry.initializer} is in model.onnx, but not in the ledger",
+        ),
         ([*manifest.ledger, dataclasses.replace(entry, tensor="stranger")], "stranger: in the ledger, but not in the checkpoint"),
     ):
         faults = check_ledger(Artifact(out, dataclasses.replace(manifest, ledger=ledger))).faults
@@ -272,7 +279,7 @@ def test_other_precisions_and_targets(base: Path, adapter: Path, tmp_path: Path,
         edit(tmp_path / "out", scale_b(1.05), forge=True)
         assert any(c.startswith("wrong adapter") for c in verify(tmp_path / "out", adapter, str(base), False, silent).causes)
     else:
-        with pytest.raises(FloraExportError, match="has no|is for cuda, but this ONNX Runtime has"):
+        with pytest.raises(FloraExportError, match=r"has no|is for cuda, but this ONNX Runtime has"):
             verify(tmp_path / "out", adapter, str(base), False, silent)
 
 

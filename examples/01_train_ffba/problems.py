@@ -43,7 +43,9 @@ def problems(count: int, *, test: bool, seed: int) -> list[Problem]:
     rng, found = random.Random(f"{seed}-{test}"), {}
     while len(found) < count:
         text, operators = rng.choice(TEMPLATES)
-        a, b, c = (rng.randint(2, 12), rng.randint(2, 9), rng.randint(2, 20)) if "*" in operators else [rng.randint(5, 60) for _ in range(3)]
+        a, b, c = (
+            (rng.randint(2, 12), rng.randint(2, 9), rng.randint(2, 20)) if "*" in operators else [rng.randint(5, 60) for _ in range(3)]
+        )
         first = _apply(operators[0], a, b)
         result = _apply(operators[1], first, c)
         name, other = rng.sample(NAMES, 2)

@@ -30,9 +30,7 @@ IGNORED = -100  # label of a token that the loss leaves out: the prompt and the 
 
 def encode(tokenizer: Any, problem: Problem) -> dict[str, list[int]]:
     """One problem as token ids; the loss sees the answer alone."""
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
-    )
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False)
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tail = tokenizer(problem.answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return {"input_ids": head + tail, "labels": [IGNORED] * len(head) + tail}
@@ -61,9 +59,7 @@ def exact(model: Any, tokenizer: Any, held_out: list[Problem], batch: int = 20) 
     for start in range(0, len(held_out), batch):
         part = held_out[start : start + batch]
         chats = [[{"role": "user", "content": problem.question}] for problem in part]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(result_of(text) == problem.result for text, problem in zip(texts, part, strict=True))

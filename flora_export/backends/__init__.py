@@ -21,4 +21,6 @@ def load_backend(name: str) -> ModuleType:
     try:
         return importlib.import_module(BACKENDS[name])
     except ImportError as error:
-        raise BackendError(f"backend {name} needs a package that is not installed ({error}): pip install 'flora-export[cpu]' or [gpu]") from error
+        raise BackendError(
+            f"backend {name} needs a package that is not installed ({error}): pip install 'flora-export[cpu]' or [gpu]"
+        ) from error

@@ -17,6 +17,7 @@ from flora_export.artifact import Artifact, Manifest, Tensor
 from flora_export.errors import BackendError
 from flora_export.ledger import Progress, block_records, write_model
 from flora_export.passes import Fused, operator_counts
+from flora_export.weights import dims_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PACKAGES = ("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors")
@@ -45,7 +46,12 @@ def write(fused: Fused, directory: Path, progress: Progress | None = None) -> Ma
         verified=False,
         versions=_versions(),
         base={"name": str(checkpoint.config.get("base_model_name_or_path") or base.config.get("model_type")), "files": base.digests},
-        checkpoint={"digest": checkpoint.digest, "files": checkpoint.digests, "config": checkpoint.config, "tensors": list(checkpoint.tensors)},
+        checkpoint={
+            "digest": checkpoint.digest,
+            "files": checkpoint.digests,
+            "config": checkpoint.config,
+            "tensors": list(checkpoint.tensors),
+        },
         inputs=[_describe(value) for value in model.graph.inputs],
         outputs=[_describe(value) for value in model.graph.outputs],
         operators={"before": fused.operators_before, "after": operator_counts(model)},
@@ -157,7 +163,7 @@ def _as_float32(value: Any) -> Logits:
     if value.data_type() == "tensor(bfloat16)":  # numpy has no bfloat16 of its own
         import torch
 
-        return torch.from_dlpack(value).float().cpu().numpy()  # type: ignore[no-any-return]
+        return torch.utils.dlpack.from_dlpack(value).float().cpu().numpy()
     return value.numpy().astype(np.float32)  # type: ignore[no-any-return]
 
 
@@ -171,8 +177,8 @@ def _without_adapter(artifact: Artifact, options: ort.SessionOptions) -> bytes:
         weight = model.graph.initializers.get(entry.initializer)
         if weight is None or entry.origin != "adapter" or not entry.tensor.endswith(".ffba_B.weight"):
             continue
-        assert weight.shape is not None and weight.dtype is not None
-        mask = np.ones(int(weight.shape[0]), weight.dtype.numpy())  # type: ignore[arg-type]
+        assert weight.dtype is not None
+        mask = np.ones(dims_of(weight)[0], weight.dtype.numpy())
         mask[entry.start : entry.stop] = 0
         value = ir.Value(name=f"{entry.tensor}.mask", const_value=ir.tensor(mask, name=f"{entry.tensor}.mask"))
         model.graph.initializers.add(value)
@@ -182,4 +188,5 @@ def _without_adapter(artifact: Artifact, options: ort.SessionOptions) -> bytes:
             model.graph.insert_before(node, silenced)
             node.replace_input_with(0, silenced.outputs[0])
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
-    return ir.to_proto(model).SerializeToString()
+    graph: bytes = ir.to_proto(model).SerializeToString()
+    return graph

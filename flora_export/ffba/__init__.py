@@ -1,7 +1,7 @@
 """FFBA, fused forward-backward adapters, as a PEFT method. Importing this package registers it with PEFT.
 
-    import flora_export.ffba
-    model = peft.get_peft_model(base, flora_export.ffba.FFBAConfig(r=16))
+import flora_export.ffba
+model = peft.get_peft_model(base, flora_export.ffba.FFBAConfig(r=16))
 """
 
 from __future__ import annotations

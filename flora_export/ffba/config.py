@@ -54,7 +54,7 @@ class FFBAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.FFBA  # type: ignore[attr-defined]  # added in flora_export/ffba/__init__.py
+        self.peft_type = PeftType.FFBA  # added in flora_export/ffba/__init__.py
         if isinstance(self.target_modules, set):  # a set would be written in an order that changes from run to run
             self.target_modules = sorted(self.target_modules)
         if self.target_modules is None:

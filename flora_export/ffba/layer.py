@@ -20,7 +20,7 @@ _ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FFBALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is untyped
+class FFBALayer(nn.Module, BaseTunerLayer):
     """Wraps a block and adds `s · B φ(A x)` for each active adapter.
 
     x: [..., d] is what the block receives. A, G: [r, d] and B: [d, r] are bias-free `nn.Linear`s per adapter name.
@@ -76,29 +76,12 @@ class FFBALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is unt
         self.ffba_scale[adapter_name] = adapter_scale(alpha, rank, use_rslora)
         self.ffba_activation[adapter_name] = activation
         self.ffba_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.ffba_A[adapter_name] = nn.Linear(self.width, rank, bias=False)
-        self.ffba_B[adapter_name] = nn.Linear(rank, self.width, bias=False)
+        host: Tensor = next(self.base_layer.parameters())
+        self.ffba_A[adapter_name] = _linear(self.width, rank, host)
+        self.ffba_B[adapter_name] = _linear(rank, self.width, host, zero=init_weights)
         if activation == GATED:
-            self.ffba_G[adapter_name] = nn.Linear(self.width, rank, bias=False)
-        self._initialise(adapter_name, init_weights)
-        self._move_to_base(adapter_name)
+            self.ffba_G[adapter_name] = _linear(self.width, rank, host)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def _initialise(self, adapter_name: str, zero_b: bool) -> None:
-        """A and G as LoRA draws its A (Kaiming uniform, a = sqrt 5); B zero, so that the branch starts silent."""
-        for matrices in (self.ffba_A, self.ffba_G):
-            if adapter_name in matrices:
-                nn.init.kaiming_uniform_(matrices[adapter_name].weight, a=math.sqrt(5))
-        if zero_b:
-            nn.init.zeros_(self.ffba_B[adapter_name].weight)
-        else:
-            nn.init.kaiming_uniform_(self.ffba_B[adapter_name].weight, a=math.sqrt(5))
-
-    def _move_to_base(self, adapter_name: str) -> None:
-        host = next(self.base_layer.parameters())
-        for matrices in (self.ffba_A, self.ffba_B, self.ffba_G):
-            if adapter_name in matrices and matrices[adapter_name].weight.device.type != "meta":
-                matrices[adapter_name].to(host.device, host.dtype if host.dtype.is_floating_point else None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`block(x) + Σ s · B φ(A x)` over the active adapters; what else the block returns passes through."""
@@ -115,7 +98,7 @@ class FFBALayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT is unt
     def _branch(self, x: Tensor, adapter_name: str) -> Tensor:
         """x: [..., d] -> s · B φ(A x): [..., d], computed in the adapter's dtype."""
         a = self.ffba_A[adapter_name]
-        x = self.ffba_dropout[adapter_name](x.to(a.weight.dtype))
+        x = self.ffba_dropout[adapter_name](x.to(next(a.parameters()).dtype))
         activation = self.ffba_activation[adapter_name]
         if activation == GATED:
             z = _host_activation(self.base_layer, self.block)(self.ffba_G[adapter_name](x)) * a(x)
@@ -139,6 +122,18 @@ NOT_MERGEABLE = (
     "weights, at their own sizes, computes attention(x) + B φ(A x). Fuse it instead, at the cost of r more rows and columns: "
     "`flora-export build CKPT --base DIR --backend onnxruntime --output OUT`. To get the base model back, call `unload()`."
 )
+
+
+def _linear(in_features: int, out_features: int, host: Tensor, zero: bool = False) -> nn.Linear:
+    """A projection beside its host, on its device and of its dtype: zero, or as LoRA draws its A (Kaiming uniform, a = sqrt 5)."""
+    linear = nn.Linear(in_features, out_features, bias=False)
+    if zero:
+        nn.init.zeros_(linear.weight)
+    else:
+        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+    if linear.weight.device.type == "meta":  # PEFT's low_cpu_mem_usage: the numbers come later
+        return linear
+    return linear.to(device=host.device, dtype=host.dtype if host.is_floating_point() else torch.float32)
 
 
 def _host_activation(mlp: nn.Module, block: str) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from flora_export.ffba.config import FFBAConfig
 from flora_export.ffba.layer import NOT_MERGEABLE, FFBALayer
 
 
-class FFBAModel(BaseTuner):  # type: ignore[misc]  # PEFT is untyped
+class FFBAModel(BaseTuner):
     """The FFBA tuner. Made by `peft.get_peft_model(model, FFBAConfig(...))`."""
 
     prefix = "ffba_"

@@ -18,7 +18,7 @@ from flora_export.branch import GATED, Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
 from flora_export.passes.hosts import Neurons, Projection, host_node, neurons, same_function
-from flora_export.weights import Array, Part, parts_of, widen
+from flora_export.weights import Array, Part, add_sizes, dims_of, parts_of, widen
 
 
 class FoldNeurons(ir.passes.InPlacePass):
@@ -70,7 +70,7 @@ def _fold_one(model: ir.Model, branch: Branch) -> bool:
     total.outputs[0].replace_all_uses_with(down.outputs[0])
     _widen_projections(model, branch, [(projection, _part(node)) for projection, node in additions])
     weight = model.graph.initializers[branch.writes[0]]
-    widen(weight, 0, [(int(weight.shape[0]), _part(adapters["B"]))])  # type: ignore[index,arg-type]
+    widen(weight, 0, [(dims_of(weight)[0], _part(adapters["B"]))])
     _forget_shapes(host)
     model.graph.remove([total, *adapters.values(), *between], safe=True)
     for matrix in branch.matrices:
@@ -117,10 +117,8 @@ def _widen_split(model: ir.Model, split: ir.Node, branch: Branch) -> None:
     old = split.inputs[1]
     if old is None or old.const_value is None:
         raise FusionError(f"{branch.block}: the Split {split.name} of its packed projection has computed sizes")
-    sizes = ir.tensor(old.const_value.numpy() + np.int64(branch.rank), name=f"{branch.block}.ffba_split.sizes")
-    value = ir.Value(name=sizes.name, shape=sizes.shape, type=ir.TensorType(ir.DataType.INT64), const_value=sizes)
-    model.graph.initializers.add(value)
-    split.replace_input_with(1, value)
+    sizes = [int(size) + branch.rank for size in old.const_value.numpy()]
+    split.replace_input_with(1, add_sizes(model, f"{branch.block}.ffba_split.sizes", sizes))
 
 
 def _forget_shapes(host: Neurons) -> None:

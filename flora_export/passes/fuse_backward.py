@@ -1,9 +1,9 @@
 """FuseBackward: sB becomes more input rows of the block's last projection.
 
-    before   h ── W ── y ── Add ── y'            after   h ─┬─ Concat ── [W; sB] ── y'
-             z ── sB ───────┘                            z ─┘
+before   h ── W ── y ── Add ── y'            after   h ─┬─ Concat ── [W; sB] ── y'
+         z ── sB ───────┘                            z ─┘
 
-    h W + z sB = [h z] [W; sB]
+h W + z sB = [h z] [W; sB]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
 from flora_export.passes.hosts import host_node
-from flora_export.weights import parts_of, widen
+from flora_export.weights import dims_of, parts_of, widen
 
 
 class FuseBackward(ir.passes.InPlacePass):
@@ -52,7 +52,7 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     z, b = adapter.inputs
     assert h is not None and z is not None and weight is not None and b is not None
     (total,) = [node for node, _ in adapter.outputs[0].uses()]  # the Add that Attach has made
-    widen(weight, 0, [(int(weight.shape[0]), parts_of(b)[1][0])])  # type: ignore[index,arg-type]
+    widen(weight, 0, [(dims_of(weight)[0], parts_of(b)[1][0])])
 
     concat = ir.node("Concat", [h, z], attributes={"axis": -1}, name=f"{branch.block}.ffba_concat")
     concat.outputs[0].name = f"{branch.block}.ffba_concat.out"  # [batch, tokens, columns of h + r]

@@ -1,24 +1,23 @@
 """FuseForward: A (and G) become more output columns of a projection that reads the same x.
 
-    before   x ─┬─ W ── q            after   x ── [W, G, A] ── Split ─┬─ q
-                ├─ G ── g                                             ├─ g
-                └─ A ── a                                             └─ a
+before   x ─┬─ W ── q            after   x ── [W, G, A] ── Split ─┬─ q
+            ├─ G ── g                                             ├─ g
+            └─ A ── a                                             └─ a
 
-    x [W G A] = [x W, x G, x A]
+x [W G A] = [x W, x G, x A]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
 from flora_export.passes.hosts import host_node
-from flora_export.weights import parts_of, widen
+from flora_export.weights import add_sizes, dims_of, parts_of, widen
 
 
 class FuseForward(ir.passes.InPlacePass):
@@ -48,19 +47,17 @@ class FuseForward(ir.passes.InPlacePass):
 
 def _fuse_one(model: ir.Model, branch: Branch) -> None:
     graph = model.graph
-    weight = min((graph.initializers[name] for name in branch.reads), key=lambda w: w.shape[1])  # type: ignore[index,no-any-return]
+    weight = min((graph.initializers[name] for name in branch.reads), key=lambda value: dims_of(value)[1])
     host = host_node(model, weight.name or "")
     adapters = [host_node(model, weight_name(branch, matrix)) for matrix in branch.forward_matrices]
     product = host.outputs[0]
     if product.is_graph_output():
         raise FusionError(f"{branch.block}: {weight.name} makes the graph's output {product.name}, which cannot be widened")
-    columns = int(weight.shape[1])  # type: ignore[index,arg-type]
+    columns = dims_of(weight)[1]
     widen(weight, 1, [(columns, parts_of(_weight(node))[1][0]) for node in adapters])
 
-    sizes = ir.tensor(np.array([columns, *[branch.rank] * len(adapters)], dtype=np.int64), name=f"{branch.block}.ffba_split.sizes")
-    sizes_value = ir.Value(name=sizes.name, shape=sizes.shape, type=ir.TensorType(ir.DataType.INT64), const_value=sizes)
-    graph.initializers.add(sizes_value)
-    split = ir.node("Split", [product, sizes_value], attributes={"axis": -1}, num_outputs=1 + len(adapters), name=f"{branch.block}.ffba_split")
+    sizes = add_sizes(model, f"{branch.block}.ffba_split.sizes", [columns, *[branch.rank] * len(adapters)])
+    split = ir.node("Split", [product, sizes], attributes={"axis": -1}, num_outputs=1 + len(adapters), name=f"{branch.block}.ffba_split")
     # [batch, tokens, columns + n r] -> [batch, tokens, columns], n times [batch, tokens, r]
     for output, old in zip(split.outputs, [product, *(node.outputs[0] for node in adapters)], strict=True):
         output.name = f"{old.name}.ffba_split"

@@ -18,9 +18,12 @@ from flora_export.branch import Branch
 from flora_export.errors import FusionError
 
 # Operators that act on each element alone, so that more columns in are more columns out and nothing else changes.
-ELEMENTWISE = frozenset(
-    "Add Cast Div Elu Erf FastGelu Gelu HardSigmoid HardSwish LeakyRelu Mish Mul Neg Pow QuickGelu Relu Sigmoid Softplus Sqrt Sub Swish Tanh".split()
-)
+# fmt: off
+ELEMENTWISE = frozenset((
+    "Add", "Cast", "Div", "Elu", "Erf", "FastGelu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Mul", "Neg", "Pow",
+    "QuickGelu", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh",
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def _find_one(branch: Branch, matmuls: Sequence[ir.Node], width: int) -> Branch:
     if len(writers) != 1:
         names = ", ".join(_name(_weight(node)) for node in writers) or "none"
         raise FusionError(
-            f"{branch.block}: expected first projections that read the block's input and one last projection, but the last ones are: {names}. "
+            f"{branch.block}: expected first projections that read the block's input and one last projection, "
+            f"but the last ones are: {names}. "
             "Blocks with experts or several outputs are not supported."
         )
     for node, axis in ((readers[0], 0), (writers[0], 1)):
@@ -135,11 +139,16 @@ def neurons(model: ir.Model, branch: Branch) -> Neurons:
     chain, found = _trace(h, sources)
     if len(found) == 1 and chain:
         return Neurons(found[0], tuple(chain), h, None, None)
-    raise FusionError(f"{branch.block}: cannot prove that the input of {branch.writes[0]} is act(up) or act(gate) times up, element by element")
+    raise FusionError(
+        f"{branch.block}: cannot prove that the input of {branch.writes[0]} is act(up) or act(gate) times up, element by element"
+    )
 
 
 def _trace(value: ir.Value, sources: Sequence[Projection]) -> tuple[list[ir.Node], list[Projection]]:
-    """Walk up from a value to the projections it is made of: (nodes between, in order; projections), or ([], []) where a node is not elementwise."""
+    """Walk up from a value to the projections it is made of.
+
+    Returns (nodes between, in order; projections), or ([], []) where a node on the way is not elementwise.
+    """
     nodes: list[ir.Node] = []
     found: list[Projection] = []
 
@@ -184,7 +193,9 @@ def clone_chain(chain: Sequence[ir.Node], source: ir.Value, new_source: ir.Value
     match: dict[ir.Value | None, ir.Value | None] = {source: new_source}
     for index, node in enumerate(chain):
         name = f"{prefix}.{node.op_type}_{index}"
-        copy = ir.node(node.op_type, [match.get(v, v) for v in node.inputs], attributes=dict(node.attributes), domain=node.domain, name=name)
+        copy = ir.node(
+            node.op_type, [match.get(v, v) for v in node.inputs], attributes=dict(node.attributes), domain=node.domain, name=name
+        )
         copy.outputs[0].name = name
         match[node.outputs[0]] = copy.outputs[0]
         yield copy

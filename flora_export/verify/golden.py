@@ -51,8 +51,8 @@ def replay(artifact: Artifact, runner: Runner) -> list[str]:
     faults = []
     for index, (ids, tokens, expected) in enumerate(recorded):
         got = run_forced(runner, [ids.tolist()], [tokens.tolist()[:-1]])[0][len(ids) - 1 :]
-        error = float(np.abs(got - expected).max())
+        off = float(np.abs(got - expected).max())
         allowed = tolerance * max(1.0, float(np.abs(expected).max()))
-        if not error <= allowed:
-            faults.append(f"golden prompt {index}: logits are off by {error:.3g} (allowed {allowed:.3g})")
+        if not off <= allowed:
+            faults.append(f"golden prompt {index}: logits are off by {off:.3g} (allowed {allowed:.3g})")
     return faults

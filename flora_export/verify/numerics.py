@@ -34,7 +34,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`logits`: largest error allowed, relative to the largest logit or 1. `effect`: relative error of the adapter's effect, ||Δ - Δ'|| / ||Δ||."""
+    """What is allowed.
+
+    `logits`: the largest error, relative to the largest logit or to 1. `effect`: the relative error of the adapter's effect,
+    ||Δ - Δ'|| / ||Δ||.
+    """
 
     logits: float
     effect: float
@@ -173,7 +177,10 @@ def judge(result: Numerics, *, allow_vacuous: bool) -> list[str]:
         worst = max(result.cases, key=lambda case: _nan_last(case.effect_error))
         if not worst.effect_error <= tolerance.effect:
             if abs(worst.effect_scale) < 0.01 and np.isfinite(worst.effect_error):
-                causes.append(f"missing adapter: the artifact shows {worst.effect_scale:.1%} of the adapter's effect in {worst.name}; its B is zero or not there")
+                causes.append(
+                    f"missing adapter: the artifact shows {worst.effect_scale:.1%} of the adapter's effect in {worst.name}; "
+                    "its B is zero or not there"
+                )
             else:
                 causes.append(
                     f"wrong adapter: its effect is off by {worst.effect_error:.1%} in {worst.name} (allowed {tolerance.effect:.1%}); "

@@ -44,7 +44,10 @@ class Report:
             lines.append(f"  and {len(self.causes) - 20} more causes (--json lists all)")
         lines.append(f"  ledger: {ledger.checked} slices checked bit for bit, {ledger.adapter_tensors} adapter tensors")
         if ledger.base_tensors_equal:
-            lines.append(f"          {ledger.base_tensors_equal} slices equal the base model's own files, {len(ledger.base_tensors_derived)} were derived by the capture")
+            lines.append(
+                f"          {ledger.base_tensors_equal} slices equal the base model's own files, "
+                f"{len(ledger.base_tensors_derived)} were derived by the capture"
+            )
         if self.replay_faults is not None:
             lines.append("  golden vectors: replayed")
         if self.numerics is not None:
@@ -55,9 +58,10 @@ class Report:
 def _table(numerics: Numerics) -> list[str]:
     tolerance = numerics.tolerance
     lines = [
-        f"  numerics against eager PyTorch fp32, artifact {numerics.precision}, prefill and {numerics.steps} cached steps; {numerics.prompts}",
+        f"  numerics: {numerics.precision} against eager PyTorch fp32, prefill and {numerics.steps} cached steps; {numerics.prompts}",
         f"    allowed: logits {tolerance.logits:g} of the largest logit (or of 1), effect {tolerance.effect:.1%}",
-        f"    {'case':<22}{'tokens':>7}{'base error':>12}{'logit error':>13}{'max logit':>11}{'max effect':>12}{'effect error':>14}  greedy tokens",
+        f"    {'case':<22}{'tokens':>7}{'base error':>12}{'logit error':>13}{'max logit':>11}{'max effect':>12}{'effect error':>14}"
+        "  greedy tokens",
     ]
     for case in numerics.cases:
         greedy = "equal" if case.first_divergent_token is None else f"differ at {case.first_divergent_token}"
