@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
-import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -23,17 +24,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 GOLDEN = "golden.safetensors"
-_WRITE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    None,
-)  # None: numpy's short write
-REPORT = "report.json"  # written by every verify, so the manifest holds no hash of it
+REPORT = "report.json"  # of the build's verification; the manifest holds no hash of it, so that builds stay byte-identical
 
 
 @dataclass(frozen=True)
@@ -127,18 +118,45 @@ def open_artifact(path: Path) -> Artifact:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{file}: schema version {version!r}, but this flora-export reads {SCHEMA_VERSION}. Build the artifact again."
-            )
+            raise ArtifactError(f"{file}: schema version {version!r}, but this reads {SCHEMA_VERSION}. Build the artifact again.")
         for key, cls in (("inputs", Tensor), ("outputs", Tensor), ("blocks", BlockRecord), ("ledger", LedgerEntry)):
-            content[key] = [cls(**item) for item in content[key]]
-        manifest = Manifest(**content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            content[key] = [_checked(cls(**item)) for item in content[key]]
+        manifest: Manifest = _checked(Manifest(**content))
+        for known in manifest.files.values():
+            if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
+                raise ValueError(f"files has {known!r}")
+        missing = {MODEL, DATA, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
+        if missing or not (
+            manifest.blocks and manifest.ledger and manifest.outputs and manifest.checkpoint["tensors"] and manifest.base["files"]
+        ):
+            raise ValueError(f"it is incomplete: {', '.join(sorted(missing)) or 'something that every artifact has is empty'}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise ArtifactError(f"{file}: not a manifest ({type(error).__name__}: {error}). Build the artifact again.") from error
     for name in manifest.files:
         if Path(name).name != name:
             raise ArtifactError(f"{file}: names {name!r}, which leaves the artifact's directory")
     return Artifact(path, manifest)
+
+
+_VALUES = {"backend": ("onnxruntime",), "target": ("cpu", "cuda"), "precision": ("fp32", "fp16", "bf16"), "padding": ("left", "right")}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "list": (list,),
+    "dict": (dict,),
+}
+
+
+def _checked(record: Any) -> Any:
+    """A record read from JSON, whose fields must have the annotated types. Raises ValueError."""
+    for each in dataclasses.fields(record):
+        value, kind = getattr(record, each.name), str(each.type).split("[")[0]
+        known = value in _VALUES[each.name] if isinstance(record, Manifest) and each.name in _VALUES else True
+        if not known or not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise ValueError(f"{type(record).__name__}.{each.name} is {value!r}")
+    return record
 
 
 def seal(path: Path, manifest: Manifest) -> Artifact:
@@ -171,64 +189,83 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     A killed build leaves its directory behind, and the next build of the same output removes it.
 
     Raises:
-        ArtifactError: `output` exists and `force` is not given, or its parent cannot be written.
+        ArtifactError: `output` exists and `force` is not given, or it is no artifact, or its parent cannot be written.
         BackendError: the disk is full.
     """
     output = output.absolute()
-    if output.exists() and not force:
-        raise ArtifactError(f"{output} exists already. Pass --force to replace it.")
-    if output.exists() and not (output.is_dir() and ((output / MANIFEST).is_file() or not any(output.iterdir()))):
-        raise ArtifactError(f"{output} exists and is not an artifact, so --force will not replace it. Choose another --output.")
-    prefix = f".{output.name}.building-"
+    _check_free(output, force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(output.parent, prefix)
-        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+        with _locked(output.parent):  # so that no other build sweeps the directory before it holds its lock
+            _sweep(output)
+            directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
+            lock = os.open(directory, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         directory.chmod(0o755)
     except OSError as error:
         raise ArtifactError(f"{output}: cannot be written there ({error.strerror})") from error
-    lock = os.open(directory, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield directory
-        _publish(directory, output, prefix)
-    except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
-            raise
-        raise BackendError(
-            f"{output}: could not be written ({error.strerror or error}). What was there is as it was; make room and build again."
-        ) from error
+        with writing(output):
+            _check_free(output, force)  # it may have come to be there meanwhile
+            _publish(directory, output)
     finally:
         os.close(lock)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _publish(directory: Path, output: Path, prefix: str) -> None:
-    """Rename into place. A former artifact is moved aside first, whole, and removed last."""
-    if output.exists():
-        former = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent)) / output.name
-        output.rename(former)
-        try:
-            directory.rename(output)
-        except OSError:
-            former.rename(output)
-            raise
-        shutil.rmtree(former.parent, ignore_errors=True)
-    else:
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Around what writes into a staged directory: a full disk becomes a BackendError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackendError(f"{output}: could not be written ({reason}). What was there is as it was; make room and build again.") from error
+
+
+def _check_free(output: Path, force: bool) -> None:
+    if output.is_symlink():
+        raise ArtifactError(f"{output} is a symbolic link. Choose another --output, or give the directory that it points to.")
+    if not output.exists():
+        return
+    if not force:
+        raise ArtifactError(f"{output} exists already. Pass --force to replace it.")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise ArtifactError(f"{output} exists and is not an artifact, so --force will not replace it. Choose another --output.")
+
+
+def _publish(directory: Path, output: Path) -> None:
+    """Rename into place. A former artifact trades places with the new one, at once where the system can, and goes with the directory."""
+    if not output.exists():
         directory.rename(output)
+    elif not _exchange(directory, output):
+        former = directory.with_name(f"{directory.name}-former")
+        output.rename(former)
+        directory.rename(output)
+        shutil.rmtree(former, ignore_errors=True)
 
 
-def _sweep(parent: Path, prefix: str) -> None:
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step (Linux's renameat2 with RENAME_EXCHANGE). False where the system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def _sweep(output: Path) -> None:
     """Remove what killed builds have left; a build that still runs holds a lock on its directory."""
-    for left in parent.glob(f"{prefix}*"):
-        try:
-            lock = os.open(left, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for left in output.parent.glob(f".{glob.escape(output.name)}.building-*"):
+        with contextlib.suppress(OSError), _locked(left, wait=False):
             shutil.rmtree(left, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a directory's lock. Raises OSError where another process holds it and `wait` is not given."""
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)

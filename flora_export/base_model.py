@@ -15,6 +15,9 @@ from flora_export.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
+MAX_LAYERS = 1000
+MIN_CONTEXT = 32  # tokens: verification needs a prompt and 16 steps
 MAX_JSON_BYTES = 64 * 2**20
 # What is fetched of a hub repository: weights as safetensors, configuration and tokenizer. Never pickles, never code.
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -63,6 +66,19 @@ def load_base(name: str) -> BaseModel:
                 f"{path}/config.json: {key} is {config.get(key)!r}, but a decoder-only language model states it as a whole number. "
                 "Multimodal and encoder-decoder models are not supported."
             )
+    if config["num_hidden_layers"] > MAX_LAYERS:
+        raise CheckpointError(
+            f"{path}/config.json: num_hidden_layers is {config['num_hidden_layers']}; no model has more than {MAX_LAYERS}"
+        )
+    context = config.setdefault("max_position_embeddings", 2048)
+    if not isinstance(context, int) or context < MIN_CONTEXT:
+        raise CheckpointError(
+            f"{path}/config.json: max_position_embeddings is {context!r}, but must be a whole number of at least {MIN_CONTEXT}"
+        )
+    if not isinstance(config.get("vocab_size"), int):
+        raise CheckpointError(f"{path}/config.json: vocab_size is {config.get('vocab_size')!r}, but must be a whole number")
+    if (path / GENERATION).is_file():
+        read_json(path / GENERATION, "generation configuration")
     return BaseModel(name, path, config, _weight_files(path))
 
 
@@ -82,6 +98,8 @@ def _from_hub(name: str) -> Path:
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
+    if (path / INDEX).is_file() and (path / SINGLE).is_file():
+        raise CheckpointError(f"base model {path}: has both {SINGLE} and {INDEX}; tools differ in which they read. Remove the stale one.")
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX, "weight index").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -122,6 +140,8 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what}: {file} is not JSON ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{what}: {file} cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{what}: {file} holds a {type(content).__name__}, but an object was expected")
     return content

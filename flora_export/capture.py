@@ -37,14 +37,19 @@ class Capture:
         """Write `genai_config.json` and the tokenizer's files into a directory."""
         from mobius.integrations.ort_genai.auto_export import write_ort_genai_config
 
-        with _quiet():
-            write_ort_genai_config(
-                self.package,
-                str(directory),
-                ep=self.target,
-                context_length=int(base.config.get("max_position_embeddings", 4096)),
-                local_config_dir=str(base.path),
-            )
+        try:
+            with _quiet():
+                write_ort_genai_config(
+                    self.package,
+                    str(directory),
+                    ep=self.target,
+                    context_length=int(base.config.get("max_position_embeddings", 4096)),
+                    local_config_dir=str(base.path),
+                )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"base model {base.name}: its configuration and tokenizer make no genai_config.json ({type(error).__name__}: {error})"
+            ) from error
 
 
 def capture(base: BaseModel, target: str, precision: str) -> Capture:
@@ -75,6 +80,11 @@ def capture(base: BaseModel, target: str, precision: str) -> Capture:
     if set(package) != {"model"}:
         raise CheckpointError(f"base model {base.name}: not one decoder, but {', '.join(package)}; only text decoders are supported")
     model: ir.Model = package["model"]
+    empty = sorted(name for name, value in model.graph.initializers.items() if value.const_value is None)
+    if empty:
+        raise CheckpointError(
+            f"base model {base.name}: {len(empty)} of its weights are missing, first {empty[0]}. Is its download complete?"
+        )
     _mend_attention(model, base, PRECISIONS[target][precision])
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, target, precision, package)

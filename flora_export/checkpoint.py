@@ -7,7 +7,6 @@ alone, against the configuration and the base model's; only then are numbers rea
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 DTYPES = ("F32", "F16", "BF16")
+MAX_PATTERN = 500
+MAX_REPETITIONS = 4
 MAX_WEIGHT_BYTES = 8 * 2**30
 _KEY = re.compile(
     r"base_model\.model\.(?P<block>(?P<layers>(?:\w+\.)*layers)\.(?P<layer>\d+)\.(?P<name>\w+))\.ffba_(?P<matrix>[ABG])\.weight"
@@ -102,7 +103,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: {key} is {config.get(key)!r}, but {expected}")
 
     def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # NaN is not below either
 
     def whole(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
@@ -113,23 +114,25 @@ def read_config(path: Path) -> dict[str, Any]:
         refuse("r", "a rank is a whole number of at least 1")
     if not number(config.get("alpha")):
         refuse("alpha", "must be a finite number")
+    if not number(config.setdefault("dropout", 0.0)) or not 0 <= config["dropout"] < 1:
+        refuse("dropout", "must be at least 0 and below 1")
     if not isinstance(config.setdefault("use_rslora", False), bool):
         refuse("use_rslora", "must be true or false")
     for key, kind in (("attn_activation", "attention"), ("mlp_activation", "mlp")):
         allowed = ACTIVATIONS[kind]  # type: ignore[index]
         if config.setdefault(key, allowed[0] if kind == "attention" else GATED) not in allowed:
             refuse(key, f"must be one of {', '.join(allowed)}")
-    pattern = config.setdefault("rank_pattern", {}) or {}
+    config["rank_pattern"] = pattern = config.get("rank_pattern") or {}
     if not isinstance(pattern, dict) or not all(whole(rank) and rank >= 1 for rank in pattern.values()):
         refuse("rank_pattern", "must map block names to ranks of at least 1")
     for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise CheckpointError(f"{file}: rank_pattern has {key!r}, which is no regular expression ({error})") from error
+        _check_pattern(file, "rank_pattern", rf"(.*\.)?({key})$", key)
     targets = config.setdefault("target_modules", list(BLOCK_KINDS))
     if not isinstance(targets, str) and not (isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)):
         refuse("target_modules", "must be a list of block names or a regular expression")
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            _check_pattern(file, key, config[key], config[key])
     layers = config.get("layers_to_transform")
     if layers is not None and not whole(layers) and not (isinstance(layers, list) and all(whole(layer) for layer in layers)):
         refuse("layers_to_transform", "must be layer indices or null")
@@ -140,6 +143,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("modules_to_save"):
         refuse("modules_to_save", "only FFBA branches are exported: train without it, or merge those modules into the base model")
     return config
+
+
+def _check_pattern(file: Path, key: str, pattern: str, written: str) -> None:
+    """Refuse what is no regular expression, or one that a stranger could make run for ever: repeated groups, or many repetitions."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {key} has {written!r}, which is no regular expression ({error})") from error
+    if len(written) > MAX_PATTERN or re.search(r"\)[*+{?]", written) or len(re.findall(r"[*+{]", written)) > MAX_REPETITIONS:
+        raise CheckpointError(
+            f"{file}: {key} has {written[:80]!r}, but a pattern may repeat no group, have at most {MAX_REPETITIONS} of * + {{, "
+            f"and {MAX_PATTERN} characters. List the block names instead."
+        )
 
 
 def _plan(path: Path, config: dict[str, Any], base: BaseModel, keys: Iterable[str]) -> tuple[Branch, ...]:
@@ -154,7 +170,7 @@ def _plan(path: Path, config: dict[str, Any], base: BaseModel, keys: Iterable[st
             block = f"{prefix}.{layer}.{name}"
             if not _targeted(config, block, layer):
                 continue
-            rank = rank_of(block, config["r"], config["rank_pattern"] or {})
+            rank = rank_of(block, config["r"], config["rank_pattern"])
             if rank > base.width:
                 raise CheckpointError(f"{path / CONFIG}: rank {rank} of {block} is above the base model's width {base.width}")
             activation = config["attn_activation"] if kind == "attention" else config["mlp_activation"]
@@ -171,10 +187,7 @@ def _targeted(config: dict[str, Any], block: str, layer: int) -> bool:
 
     def matches(patterns: str | list[str] | None) -> bool:
         if isinstance(patterns, str):
-            try:
-                return re.fullmatch(patterns, block) is not None
-            except re.error as error:
-                raise CheckpointError(f"{CONFIG}: {patterns!r} is no regular expression ({error})") from error
+            return re.fullmatch(patterns, block) is not None
         return any(block == pattern or block.endswith(f".{pattern}") for pattern in patterns or ())
 
     layers = config.get("layers_to_transform")

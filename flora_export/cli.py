@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from flora_export import __version__
-from flora_export.errors import FloraExportError
+from flora_export.errors import ArtifactError, FloraExportError
 
 FUSE = ("none", "forward", "backward", "both")
 BACKENDS = ("onnxruntime", "tensorrt", "triton", "hf")
@@ -71,11 +71,11 @@ def build(
         artifact, report = pipeline.build(ckpt, base, output, options, _progress())
         if as_json:
             manifest = artifact.manifest
-            result = {"output": str(output), "verified": bool(report and report.verified), "files": manifest.files}
+            result = {"output": str(output), "verified": report.verified, "files": manifest.files}
             result |= {key: getattr(manifest, key) for key in ("backend", "target", "precision", "fuse", "padding", "versions")}
-            _print_json(result | {"report": report.to_dict() if report else None})
+            _print_json(result | {"report": report.to_dict()})
         else:
-            click.echo(report.to_text() if report else "NOT VERIFIED (--no-verify)")
+            click.echo(report.to_text())
             click.echo(f"wrote {output}")
         return 0
 
@@ -87,9 +87,12 @@ def build(
 @click.option("--ckpt", type=DIRECTORY, help="Adapter to compare with. Without it, the recorded golden vectors are replayed.")
 @base_option
 @vacuous_option
+@click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
 @click.option("--report", "report_file", type=DIRECTORY, help="Write the report to this file as JSON.")
 @json_option
-def verify(out: Path, ckpt: Path | None, base: str | None, allow_vacuous: bool, report_file: Path | None, as_json: bool) -> None:
+def verify(
+    out: Path, ckpt: Path | None, base: str | None, allow_vacuous: bool, prompts: Path | None, report_file: Path | None, as_json: bool
+) -> None:
     """Verify the artifact OUT: its bytes, and its numbers against eager PyTorch."""
 
     def run() -> int:
@@ -97,9 +100,9 @@ def verify(out: Path, ckpt: Path | None, base: str | None, allow_vacuous: bool, 
 
         if base is not None and ckpt is None:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
-        report = pipeline.verify(out, ckpt, base, allow_vacuous, _progress())
+        report = pipeline.verify(out, ckpt, base, pipeline.VerifyOptions(allow_vacuous, prompts), _progress())
         if report_file is not None:
-            report_file.write_text(report.to_json(), encoding="utf-8")
+            _write(report_file, report.to_json())
         if as_json:
             _print_json(report.to_dict())
         else:
@@ -171,12 +174,66 @@ def generate(out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_a
     _run(run, as_json)
 
 
+@main.command()
+@click.argument("out", type=DIRECTORY)
+@base_option
+@click.option("--arms", help="What to time: eager, base, unfused, forward, backward, fused (OUT itself), lora, lora-budget.")
+@click.option("--prompt-tokens", default="128", show_default=True, metavar="N,...", help="Prompt lengths to take the TTFT of.")
+@click.option("--past-tokens", default="128", show_default=True, metavar="N,...", help="Past lengths to take the TPOT at.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Length of the whole generation.")
+@click.option("--batch", default="1", show_default=True, metavar="N,...", help="Batch sizes.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each arm. Without it, all cores.")
+@click.option("--rounds", type=click.IntRange(min=1), default=60, show_default=True, help="Rounds of TPOT; TTFT and the total get fewer.")
+@click.option("--max-overhead", metavar="SHARE", help="Budget of OUT's TPOT over the base model's, such as 3%: exit code 1 unless proved.")
+@json_option
+def bench(
+    out: Path,
+    base: str | None,
+    arms: str | None,
+    prompt_tokens: str,
+    past_tokens: str,
+    new_tokens: int,
+    batch: str,
+    threads: int | None,
+    rounds: int,
+    max_overhead: str | None,
+    as_json: bool,
+) -> None:
+    """Measure the latency of the artifact OUT beside its base model, LoRA and eager PyTorch."""
+
+    def run() -> int:
+        from flora_export import bench as measuring
+        from flora_export.verify.latency import to_text
+
+        numbers = measuring.whole_numbers
+        options = measuring.BenchOptions(
+            arms=tuple(arms.split(",")) if arms else measuring.DEFAULT_ARMS,
+            prompt_tokens=numbers(prompt_tokens, "--prompt-tokens"),
+            past_tokens=numbers(past_tokens, "--past-tokens"),
+            new_tokens=new_tokens,
+            batch=numbers(batch, "--batch"),
+            threads=threads or 0,
+            rounds=rounds,
+            max_overhead=None if max_overhead is None else measuring.share(max_overhead, "--max-overhead"),
+        )
+        result = measuring.bench(out, base, options, _progress())
+        if as_json:
+            _print_json(result)
+        else:
+            click.echo(to_text(result))
+        return 0 if result["budget"] is None or result["budget"]["verdict"] == "pass" else 1
+
+    _run(run, as_json)
+
+
 def _run(command: Callable[[], int], as_json: bool) -> None:
     """Run a command and turn its errors into messages and exit codes."""
     try:
         code = command()
     except FloraExportError as error:
-        _fail(type(error).__name__, str(error), error.exit_code, as_json)
+        _fail(type(error).__name__, str(error), error.exit_code, as_json, getattr(error, "report", None))
+    except KeyboardInterrupt:
+        _fail("Interrupted", "interrupted; the output is as it was", 130, as_json)
     except click.ClickException:
         raise
     except Exception as error:  # a fault of ours: show where, and do not let it pass for a failed verification
@@ -186,11 +243,18 @@ def _run(command: Callable[[], int], as_json: bool) -> None:
         sys.exit(code)
 
 
-def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
+def _fail(kind: str, message: str, code: int, as_json: bool, report: dict[str, Any] | None = None) -> None:
     if as_json:
-        _print_json({"verified": False, "error": kind, "message": message, "exit_code": code})
+        _print_json({"verified": False, "error": kind, "message": message, "exit_code": code} | ({"report": report} if report else {}))
     click.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -28,6 +28,10 @@ class BackendError(FloraExportError):
 
 
 class VerificationError(FloraExportError):
-    """The artifact does not hold what it should, or does not compute what it should."""
+    """The artifact does not hold what it should, or does not compute what it should. `report` is the report as a JSON object."""
 
     exit_code = 1
+
+    def __init__(self, message: str, report: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.report = report

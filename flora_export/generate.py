@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flora_export.artifact import Artifact
 from flora_export.backends import load_backend
+from flora_export.base_model import GENERATION, read_json
 from flora_export.errors import ArtifactError
 from flora_export.verify.prompts import load_tokenizer
 
@@ -42,17 +42,14 @@ def generate(
     Raises:
         ArtifactError: the artifact has no tokenizer, or a prompt leaves no room in the model's context.
     """
-    try:
-        tokenizer = load_tokenizer(artifact.path)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{artifact.path} has no tokenizer, so it cannot answer text ({error})") from error
-    config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(artifact.path)
+    config = read_json(artifact.path / "config.json", "model configuration")
+    context = config.get("max_position_embeddings")
     rows = [_encode(tokenizer, prompt, chat=chat) for prompt in prompts]
-    room = int(config.get("max_position_embeddings", 2**31)) - max(map(len, rows))
+    room = (context if isinstance(context, int) else 2**31) - max(map(len, rows))
     if room < 1 or not all(rows):
         raise ArtifactError(
-            f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, "
-            f"and leave room in a context of {config.get('max_position_embeddings')}"
+            f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, and leave room in a context of {context}"
         )
     ends = _end_tokens(artifact, config)
     decoder = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
@@ -92,7 +89,8 @@ def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:
 
 
 def _end_tokens(artifact: Artifact, config: dict[str, object]) -> set[int]:
-    file = artifact.path / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    file = artifact.path / GENERATION
+    ends = read_json(file, "generation configuration").get("eos_token_id") if file.is_file() else None
+    if ends is None:
+        ends = config.get("eos_token_id")
     return set(ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else [])

@@ -37,7 +37,7 @@ class LedgerReport:
     checked: int = 0
     adapter_tensors: int = 0
     base_tensors_equal: int = 0  # to the base model's own files, bit for bit
-    base_tensors_derived: list[str] = field(default_factory=list)  # made by the capture: not one of the base model's tensors as it is
+    base_tensors_derived: list[str] = field(default_factory=list)  # by the capture: no tensor of the base model has its name
     faults: list[str] = field(default_factory=list)
 
 
@@ -160,7 +160,7 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
     values = values.reshape(1) if values.ndim == 0 else values
     expected = 0
     for entry in sorted(entries, key=lambda e: e.start):
-        if entry.start != expected or entry.stop <= entry.start or entry.axis >= values.ndim:
+        if entry.start != expected or entry.stop <= entry.start or not 0 <= entry.axis < values.ndim or entry.axis != entries[0].axis:
             report.faults.append(
                 f"{entry.tensor}: slice [{entry.start}, {entry.stop}) of {tensor.name} does not follow the one before it, "
                 f"which ends at {expected}"
@@ -204,6 +204,8 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
             if entry is None:
                 report.faults.append(f"{tensor_name(branch, matrix)}: in the checkpoint, but not in the ledger")
                 continue
+            if entry.initializer not in initializers:
+                continue  # reported already
             dtype = initializers[entry.initializer].dtype
             if _sha256(adapter_reader(checkpoint, branch, matrix, dtype)()) != entry.sha256:
                 report.faults.append(
@@ -219,13 +221,15 @@ def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.
         report.faults.append(f"{base.path} is not the base model that the artifact was built from: its SHA-256 is another")
     files = {key: file for file in base.weights for key in safe_open(file, framework="numpy").keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
     for entry in artifact.manifest.ledger:
-        if entry.origin != "base":
+        if entry.origin != "base" or entry.initializer not in initializers:
             continue
         values = _base_values(entry, files, initializers[entry.initializer].dtype)
-        if values is not None and _sha256(values) == entry.sha256:
+        if values is None:
+            report.base_tensors_derived.append(entry.tensor)
+        elif _sha256(values) == entry.sha256:
             report.base_tensors_equal += 1
         else:
-            report.base_tensors_derived.append(entry.tensor)
+            report.faults.append(f"{entry.tensor}: is not the tensor of the base model's own file")
 
 
 _CAPTURED = re.compile(r"(?P<stem>.+?)(?P<transposed>_t)?(\[(?P<start>\d*):(?P<stop>\d*)\])?")

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_export.artifact import REPORT, Artifact, BlockRecord, LedgerEntry, open_artifact, seal, staged
+from flora_export.artifact import REPORT, Artifact, BlockRecord, LedgerEntry, open_artifact, seal, staged, writing
 from flora_export.backends import load_backend
 from flora_export.base_model import BaseModel, load_base
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
-from flora_export.errors import CheckpointError, VerificationError
+from flora_export.errors import ArtifactError, BackendError, CheckpointError, VerificationError
 from flora_export.ledger import LedgerReport, block_records, check_ledger, planned_entries
 from flora_export.passes import fuse_adapter, operator_counts
+from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import replay, write_golden
-from flora_export.verify.numerics import STEPS, Runner, compare
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
@@ -36,6 +36,13 @@ class BuildOptions:
     force: bool = False
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    allow_vacuous: bool = False
+    prompts: Path | None = None  # a file of prompts, one a line, instead of those that ship
+    golden: bool = False  # record golden vectors
+
+
 def load_sources(ckpt: Path, base_name: str | None) -> tuple[BaseModel, Checkpoint]:
     """The adapter and its base model, both checked. Without `base_name` it is the one that the adapter names."""
     name = base_name or read_config(ckpt).get("base_model_name_or_path")
@@ -45,8 +52,10 @@ def load_sources(ckpt: Path, base_name: str | None) -> tuple[BaseModel, Checkpoi
     return base, load_checkpoint(ckpt, base)
 
 
-def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report | None]:
+def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:
     """Checkpoint and base model -> artifact. The output appears whole and verified, or stays as it was.
+
+    Without `options.verify` the report holds the ledger's check alone, and the manifest says that nothing else was verified.
 
     Raises:
         FloraExportError: its subclasses say what failed; `VerificationError` carries the causes.
@@ -59,23 +68,26 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         captured = capture(base, options.target, options.precision)
         progress("fusing", 0, 1)
         fused = fuse_adapter(captured, base, checkpoint, options.fuse)
-        manifest = backend.write(fused, directory, lambda done, of: progress("writing", done, of))
+        with writing(output):
+            manifest = backend.write(fused, directory, lambda done, of: progress("writing", done, of))
         del captured, fused  # the weights: the eager model needs the room
         artifact = Artifact(directory, dataclasses.replace(manifest, verified=options.verify))
-        report = None
+        report: Report | None = None
         if options.verify:
-            report = _verify_numerics(artifact, base, checkpoint, options.allow_vacuous, progress, golden=True)
-        artifact = seal(directory, artifact.manifest)
-        if report is not None:
-            progress("checking the ledger", 0, 1)
-            report.ledger = check_ledger(artifact, checkpoint, base)
-            if not report.verified:
-                raise VerificationError(report.to_text())
+            report = _verify_numerics(artifact, base, checkpoint, VerifyOptions(options.allow_vacuous, golden=True), progress)
+        with writing(output):
+            artifact = seal(directory, artifact.manifest)
+        progress("checking the ledger", 0, 1)
+        ledger = check_ledger(artifact, checkpoint, base)
+        report = dataclasses.replace(report, ledger=ledger) if report is not None else Report(ledger)
+        if report.causes:
+            raise VerificationError(report.to_text(), report.to_dict())
+        with writing(output):
             (directory / REPORT).write_text(report.to_json(), encoding="utf-8")
     return Artifact(output, artifact.manifest), report
 
 
-def verify(path: Path, ckpt: Path | None, base_name: str | None, allow_vacuous: bool, progress: Progress) -> Report:
+def verify(path: Path, ckpt: Path | None, base_name: str | None, options: VerifyOptions, progress: Progress) -> Report:
     """Check an artifact: its files and ledger always; its numbers against eager PyTorch with `ckpt`, else against its golden vectors.
 
     Raises:
@@ -92,30 +104,42 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, allow_vacuous: 
         base, checkpoint = load_sources(ckpt, base_name)
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
-        report = _verify_numerics(artifact, base, checkpoint, allow_vacuous, progress, golden=False)
+        try:
+            report = _verify_numerics(artifact, base, checkpoint, options, progress)
+        except (ArtifactError, BackendError) as error:
+            if not ledger.faults:
+                raise
+            ledger.faults.append(f"it does not run: {error}")  # damaged as the faults before it say
+            report = Report(ledger, environment=_environment())
         report.ledger = ledger
     return report
 
 
-def _verify_numerics(
-    artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, allow_vacuous: bool, progress: Progress, *, golden: bool
-) -> Report:
+def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, options: VerifyOptions, progress: Progress) -> Report:
+    """Compare with eager PyTorch. Records golden vectors where the artifact has none yet."""
     from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
 
     progress("loading eager PyTorch", 0, 1)
     truth = Reference(base, checkpoint.path)
-    longest = int(base.config.get("max_position_embeddings", 2048)) - STEPS
-    prompts, source = encode_prompts(artifact, int(base.config["vocab_size"]), longest)
-    if golden:
-        write_golden(truth, prompts, artifact.path)
+    runners = _runner(artifact), _runner(artifact, adapter=False)
+    context = int(base.config.get("max_position_embeddings", 2048))
+    prompts, source = encode_prompts(artifact, int(base.config["vocab_size"]), context - STEPS, options.prompts)
+    expected = expect(truth, prompts, lambda done, of: progress("asking eager PyTorch", done, of))
+    budget = sum(file.stat().st_size for file in base.weights) // 4
+    near_limit = expect_near_limit(truth, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
+    if options.golden:
+        with writing(artifact.path):
+            write_golden(expected, artifact.path)
+    progress("measuring the noise floor", 0, 1)
+    measure_floors(truth.to_precision(artifact.manifest.precision), expected)
+    del truth
     numerics = compare(
-        truth,
-        _runner(artifact),
-        _runner(artifact, adapter=False),
-        prompts,
+        expected,
+        near_limit,
+        *runners,
         precision=artifact.manifest.precision,
         source=source,
-        allow_vacuous=allow_vacuous,
+        allow_vacuous=options.allow_vacuous,
         progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)

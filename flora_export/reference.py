@@ -19,6 +19,9 @@ import flora_export.ffba  # noqa: F401  # registers FFBA with PEFT
 from flora_export.base_model import BaseModel
 from flora_export.errors import CheckpointError
 
+_Array = npt.NDArray[np.float32]
+_NEIGHBOURS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class Reference:
     """Eager PyTorch in fp32, one prompt at a time."""
@@ -40,16 +43,31 @@ class Reference:
                     attn_implementation="eager",
                 )
                 self.model = peft.PeftModel.from_pretrained(model, str(checkpoint)).eval()
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, ImportError) as error:
             raise CheckpointError(f"eager PyTorch cannot load {checkpoint} on {base.name} ({type(error).__name__}: {error})") from error
 
+    def to_precision(self, precision: str) -> Reference:
+        """Turn this very model into the precision whose noise is to be known, and return it.
+
+        For fp32 that is fp64: the noise of fp32 is the difference between the two.
+        """
+        self.model.to(_NEIGHBOURS[precision])
+        return self
+
     @torch.no_grad()
-    def logits(self, tokens: Sequence[int], *, adapter: bool = True) -> npt.NDArray[np.float32]:
-        """Logits [tokens, vocabulary] of a whole sequence, with or without the adapter."""
-        ids = torch.tensor([list(tokens)])
+    def logits(
+        self, tokens: Sequence[int], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Logits [tokens, vocabulary] of a whole sequence, or of one that follows a KV cache, with or without the adapter."""
+        past = None
+        if cache is not None:
+            past = transformers.DynamicCache()
+            for layer, (keys, values) in enumerate(cache):
+                past.update(torch.from_numpy(keys), torch.from_numpy(values), layer)
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
-            output: npt.NDArray[np.float32] = self.model(input_ids=ids, use_cache=False).logits[0].float().numpy()
-        return output
+            output = self.model(input_ids=torch.tensor([list(tokens)]), past_key_values=past, use_cache=past is not None)
+        result: npt.NDArray[np.float32] = output.logits[0].float().numpy()
+        return result
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_export.artifact import MANIFEST, open_artifact, staged
+from flora_export.artifact import MANIFEST, open_artifact, staged, writing
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
@@ -127,14 +128,46 @@ def test_full_disk(built: Path, base: Path, adapter: Path, tmp_path: Path) -> No
 
 def test_full_disk_without_root(tmp_path: Path) -> None:
     """The same error as it would come from the kernel."""
-    with pytest.raises(BackendError, match="No space left"), staged(tmp_path / "out", force=False):
+    with pytest.raises(BackendError, match="No space left"), staged(tmp_path / "out", force=False), writing(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), staged(tmp_path / "out", force=False):
-        (tmp_path / "nowhere").read_text()
+    with pytest.raises(PermissionError), staged(tmp_path / "out", force=False):
+        raise PermissionError(errno.EACCES, "a base model that may not be read")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_comes_to_be_there_meanwhile_is_kept(tmp_path: Path, force: bool) -> None:
+    def build_while_another_writes() -> None:
+        with staged(tmp_path / "out", force=force) as directory:
+            (directory / MANIFEST).touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").touch()
+
+    with pytest.raises(ArtifactError, match="exists"):
+        build_while_another_writes()
+    assert (tmp_path / "out" / "thesis.tex").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="is a symbolic link"), staged(tmp_path / "link", force=True):
+        pass
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_former_artifact_trades_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool) -> None:
+    """In one step where the system can, so that no moment is without an artifact."""
+    if not atomic:
+        monkeypatch.setattr("flora_export.artifact._exchange", lambda *_: False)
+    for text in ("first", "second"):
+        with staged(tmp_path / "out[1]", force=True) as directory:
+            (directory / MANIFEST).write_text(text)
+        assert (tmp_path / "out[1]" / MANIFEST).read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["out[1]"]
 
 
 def test_unwritable_parent(tmp_path: Path) -> None:
@@ -152,11 +185,20 @@ def test_opening(built: Path, tmp_path: Path) -> None:
     text = (built / MANIFEST).read_text()
     for old, new, message in (
         ('"schema_version": 1', '"schema_version": 2', "schema version 2"),
-        ('"model.onnx":', '"../model.onnx":', "leaves the artifact's directory"),
+        ('"generation_config.json":', '"../generation_config.json":', "leaves the artifact's directory"),
         ('"ledger": [', '"ledgers": [', "not a manifest"),
         ("{", "", "not a manifest"),
+        ('"target": "cpu"', '"target": "tpu"', "target is 'tpu'"),
+        ('"axis": 1', '"axis": "one"', "LedgerEntry.axis is 'one'"),
+        ('"blocks": [', '"blocks": [], "other": [', "not a manifest"),
     ):
-        assert old in text
+        assert old in text, old
         (tmp_path / MANIFEST).write_text(text.replace(old, new, 1))
         with pytest.raises(ArtifactError, match=message):
+            open_artifact(tmp_path)
+    for key in ("files", "ledger", "blocks", "outputs", "operators"):
+        content = json.loads(text)
+        content[key] = type(content[key])()
+        (tmp_path / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(ArtifactError, match="it is incomplete"):
             open_artifact(tmp_path)

@@ -82,3 +82,15 @@ def test_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.raises(FusionError, match=r"layers\.0\.mlp: expected first projections .* Blocks with experts"):
         build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.self_attn.o_proj.weight", "lm_head.weight"])
+def test_a_half_downloaded_base_is_refused(base: Path, tmp_path: Path, missing: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="of its weights are missing, first"):
+        capture(load_base(str(copy)), "cpu", "fp32")

@@ -84,6 +84,11 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"attn_activation": "gated"}, "attn_activation is 'gated'"),
     ({"mlp_activation": "swish"}, "mlp_activation is 'swish', but must be one of identity"),
     ({"target_modules": []}, "target_modules"),
+    ({"target_modules": "(.|.|.)*!"}, "may repeat no group"),
+    ({"rank_pattern": {"a{99999999999999999999}": 3}}, "no regular expression"),
+    ({"rank_pattern": {".*a.*b.*c.*d.*e": 3}}, "at most 4"),
+    ({"alpha": 10**400}, "alpha is"),
+    ({"dropout": "much"}, "dropout is 'much'"),
     ({"target_modules": ["q_proj"]}, "selects no block"),
     ({"target_modules": "("}, "no regular expression"),
     ({"layers_to_transform": "all"}, "layers_to_transform"),
@@ -191,6 +196,7 @@ def test_lora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
         {"layers_to_transform": 1},
         {"exclude_modules": ["layers.0.mlp"]},
         {"rank_pattern": {r"1\.mlp": 7, "mlp": 3}},
+        {"rank_pattern": {}},
     ],
     ids=str,
 )
@@ -218,6 +224,24 @@ def test_bases(base: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../base/model.safetensors"}}))
     with pytest.raises(CheckpointError, match="leaves the model's directory"):
         load_base(str(copy))
-    (copy / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="hidden_size is None"):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "pytorch_model.bin").rename(file)
+    file.write_bytes(data)
+    for change, message in (
+        ({"num_hidden_layers": 10**9}, "no model has more than 1000"),
+        ({"max_position_embeddings": 16}, "at least 32"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"hidden_size": None}, "hidden_size is None"),
+    ):
+        (copy / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=message):
+            load_base(str(copy))
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").write_text("null")
+    with pytest.raises(CheckpointError, match="generation configuration"):
+        load_base(str(copy))
+    (copy / "model.safetensors.index.json").write_text("{}")
+    (copy / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and"):
         load_base(str(copy))

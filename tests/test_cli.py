@@ -159,6 +159,8 @@ def test_the_real_program_is_quiet(adapter: Path, base: Path, tmp_path: Path) ->
         "fusing",
         "writing",
         "loading eager PyTorch",
+        "asking eager PyTorch",
+        "measuring the noise floor",
         "comparing with eager PyTorch",
         "checking the ledger",
     }

@@ -11,7 +11,7 @@ import pytest
 from flora_export.artifact import Artifact
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.pipeline import BuildOptions, build
-from flora_export.verify.numerics import run_forced
+from flora_export.verify.coverage import run_forced
 from tests.conftest import silent
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]

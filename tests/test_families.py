@@ -37,8 +37,8 @@ def test_every_fuse_level_equals_eager(family: str, pair: tuple[str, str], bases
     )
     for fuse in FUSE_LEVELS:
         artifact, report = build(adapter, str(base), tmp_path / fuse, BuildOptions(fuse=fuse), silent)
-        assert report is not None
         assert report.numerics is not None
+        assert report.ledger.base_tensors_equal >= 2 * 4  # found bit for bit in the base's own file; others may be renamed
         assert min(case.largest_effect for case in report.numerics.cases) > 0.01
         _assert_fused(artifact.manifest.operators, {block.fusion for block in artifact.manifest.blocks}, family, mlp, fuse)
 

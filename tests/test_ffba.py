@@ -176,6 +176,11 @@ def test_low_cpu_memory_loading(base: Path, adapter: Path) -> None:
     torch.testing.assert_close(low(IDS).logits, plain(IDS).logits, rtol=0, atol=0)
 
 
+def test_mixed_adapters_in_a_batch_are_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="does not mix adapters within a batch"):
+        adapted(model, target_modules=["self_attn"])(IDS, adapter_names=["default", "other"])
+
+
 def test_attributes_of_the_block_are_reached(model: PreTrainedModel) -> None:
     layer = adapted(model).base_model.model.model.layers[1]
     assert layer.self_attn.layer_idx == 1

@@ -30,6 +30,7 @@ FLOORS = {
     "flora_export.explain": 7,
     "flora_export.generate": 8,
     "flora_export.pipeline": 8,
+    "flora_export.bench": 8,
     "flora_export.cli": 9,
 }
 
@@ -77,7 +78,7 @@ def test_files_stay_short() -> None:
 HEAVY = ("torch", "transformers", "peft", "onnxruntime", "onnx_ir", "mobius", "numpy")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["bench", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom flora_export.cli import main\n"

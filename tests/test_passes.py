@@ -143,7 +143,7 @@ def test_fused_graphs_have_no_more_gemms(text: str, activation: str, added: list
 def test_a_second_run_changes_nothing(text: str, activation: str, fuse: str) -> None:
     model, branches = fused(text, activation, fuse)
     once = ir.to_proto(model).SerializeToString(deterministic=True)
-    for pass_ in passes_for(fuse, branches, Adapter())[1:]:
+    for pass_ in passes_for(fuse, branches, Adapter()):
         assert not pass_(model).modified
     assert ir.to_proto(model).SerializeToString(deterministic=True) == once
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from flora_export.errors import BackendError
 
-# name -> module with `build(BuildInput, directory) -> Manifest`. A new backend is one file and one line here.
+# name -> module with `write(Fused, directory, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file and one line here.
 BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime"}
 
 # Promised by the command line, and not built yet.

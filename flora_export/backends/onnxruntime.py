@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -111,6 +112,7 @@ class Decoder:
             raise BackendError(f"ONNX Runtime refuses {artifact.model}: {error}") from error
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.cache_inputs = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        self.cache: dict[str, Any] = {}
         self.has_positions = any(i.name == "position_ids" for i in self.session.get_inputs())
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
@@ -133,6 +135,20 @@ class Decoder:
             self.mask = np.pad(self.mask, ((0, 0), (0, 1)), constant_values=1)
         return self._run(np.asarray(tokens, np.int64)[:, None], self.lengths[:, None] - 1)[:, -1]
 
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """(KV heads, head size) of each layer."""
+        keys = [value.shape for name, value in self.cache_inputs.items() if name.endswith(".key")]
+        return [(heads, size) for _, heads, _, size in keys]
+
+    def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
+        """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
+        batch, _, past, _ = cache[0][0].shape
+        self.lengths, self.mask = np.full(batch, past), np.ones((batch, past), np.int64)
+        for layer, pair in enumerate(cache):
+            for kind, array in zip(("key", "value"), pair, strict=True):
+                name = f"past_key_values.{layer}.{kind}"
+                self.cache[name] = _in_dtype(array, self.cache_inputs[name].type)
+
     def _run(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Logits:
         feeds = {"input_ids": ids, "attention_mask": self.mask}
         if self.has_positions:
@@ -146,17 +162,67 @@ class Decoder:
         self.cache = {name: named[name.replace("past_key_values.", "present.")] for name in self.cache_inputs}
         return _as_float32(named["logits"])
 
-    def _empty(self, value: Any, batch: int) -> Any:
+    def _empty(self, value: Any, batch: int, device: str = "cpu") -> Any:
         """A KV cache of no tokens: [batch, KV heads, 0, head size]."""
         _, heads, _, size = value.shape
         element = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}[value.type]  # onnx.TensorProto's numbers
-        return ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, size], element)
+        return ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, size], element, device, 0)
+
+
+class Bound:
+    """A decoder as the benchmark times it: rows of equal length, inputs and outputs where its provider computes, no copies to the host."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.session = decoder, decoder.session
+        self.device = decoder.artifact.manifest.target  # cpu and cuda are ONNX Runtime's own words
+
+    def feeds(self, ids: npt.NDArray[np.int64], past: int) -> dict[str, Any]:
+        """All inputs but the cache, for ids [batch, tokens] after `past` tokens."""
+        batch, tokens = ids.shape
+        feeds = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64)}
+        if self.decoder.has_positions:
+            feeds["position_ids"] = np.tile(np.arange(past, past + tokens), (batch, 1))
+        return {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v), self.device, 0) for name, v in feeds.items()}
+
+    def empty_cache(self, batch: int) -> dict[str, Any]:
+        """A KV cache of no tokens, by the name of its input."""
+        return {name: self.decoder._empty(value, batch, self.device) for name, value in self.decoder.cache_inputs.items()}
+
+    def bind(self, feeds: dict[str, Any], cache: dict[str, Any]) -> Any:
+        """What `run` takes. Its outputs are new ones: a binding that has run would write over the old."""
+        binding = self.session.io_binding()
+        for name, value in (feeds | cache).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.decoder.outputs:
+            binding.bind_output(name, self.device)
+        return binding
+
+    def run(self, binding: Any) -> Any:
+        """Run the graph once, and wait until its device has done. Returns the binding, for `cache_after`."""
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed on {self.decoder.artifact.model}: {error}") from error
+        return binding
+
+    def cache_after(self, binding: Any) -> dict[str, Any]:
+        """The KV cache that a run has left, for the next. The binding lets go of the cache before it."""
+        binding.clear_binding_inputs()
+        named = dict(zip(self.decoder.outputs, binding.get_outputs(), strict=True))
+        return {name: named[name.replace("past_key_values.", "present.")] for name in self.decoder.cache_inputs}
 
 
 def _mask(lengths: npt.NDArray[np.int64], width: int, *, right: bool) -> npt.NDArray[np.int64]:
     columns = np.arange(width)[None]
     mask = columns < lengths[:, None] if right else columns >= width - lengths[:, None]
     return mask.astype(np.int64)
+
+
+def _in_dtype(array: Logits, kind: str) -> Any:
+    """An OrtValue of a graph input's dtype."""
+    if kind == "tensor(bfloat16)":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.astype(ml_dtypes.bfloat16).view(np.uint16), 16)
+    return ort.OrtValue.ortvalue_from_numpy(array.astype(np.float16 if kind == "tensor(float16)" else np.float32))
 
 
 def _as_float32(value: Any) -> Logits:

@@ -85,6 +85,10 @@ class FFBALayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`block(x) + Σ s · B φ(A x)` over the active adapters; what else the block returns passes through."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "FFBA does not mix adapters within a batch (adapter_names); call set_adapter, and run each adapter's rows apart"
+            )
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -58,6 +60,15 @@ class FFBAModel(BaseTuner):
         if not isinstance(width, int):
             raise ValueError("the base model's config has no hidden_size, so the width of its blocks is unknown")
         return width
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before each forward; without an answer it would drop the argument and use the active adapter for every row."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "FFBA does not mix adapters within a batch (adapter_names): call set_adapter, and run each adapter's rows apart"
+            )
+        yield
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         raise NotImplementedError(NOT_MERGEABLE)

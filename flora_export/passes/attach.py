@@ -19,7 +19,7 @@ from flora_export.branch import GATED, Branch
 from flora_export.checkpoint import Checkpoint, tensor_name
 from flora_export.errors import FusionError
 from flora_export.passes.hosts import clone_chain, host_node, neurons
-from flora_export.weights import Array, Part, Stacked
+from flora_export.weights import Array, Part, Stacked, parts_of
 
 
 class Attach(ir.passes.InPlacePass):
@@ -34,7 +34,7 @@ class Attach(ir.passes.InPlacePass):
                 host_node(model, name)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        waiting = [branch for branch in self.branches if weight_name(branch, "A") not in model.graph.initializers]
+        waiting = [branch for branch in self.branches if not _holds(model, branch, "B")]
         for branch in waiting:
             self._attach_one(model, branch)
         return ir.passes.PassResult(model, modified=bool(waiting))
@@ -42,7 +42,7 @@ class Attach(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         for branch in self.branches:
             for matrix in branch.matrices:
-                if weight_name(branch, matrix) not in model.graph.initializers:
+                if not _holds(model, branch, matrix):
                     raise FusionError(f"{branch.block}: {matrix} was not attached")
 
     def _attach_one(self, model: ir.Model, branch: Branch) -> None:
@@ -95,6 +95,13 @@ _ACTIVATIONS: dict[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
     "silu": (("Sigmoid", (-1,)), ("Mul", (-1, 1))),
     "gelu": (("Gelu", (-1,)),),
 }
+
+
+def _holds(model: ir.Model, branch: Branch, matrix: str) -> bool:
+    """Whether a matrix is in the graph: on its own, or within a host that a pass has widened."""
+    initializers = model.graph.initializers
+    hosts = [initializers[name] for name in (*branch.reads, *branch.writes, weight_name(branch, matrix)) if name in initializers]
+    return any(part.tensor == tensor_name(branch, matrix) for host in hosts for part in parts_of(host)[1])
 
 
 def weight_name(branch: Branch, matrix: str) -> str:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,19 @@ from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import GOLDEN, Artifact
 from flora_export.errors import ArtifactError
-from flora_export.verify.numerics import STEPS, TOLERANCES, Runner, Truth, run_forced
+from flora_export.verify.coverage import Runner, run_forced
+from flora_export.verify.numerics import TOLERANCES, Expected
 
 PROMPT_COUNT = 2
 
 
-def write_golden(truth: Truth, prompts: list[list[int]], directory: Path) -> None:
+def write_golden(expected: Sequence[Expected], directory: Path) -> None:
     """Record eager's answers to the first prompts."""
     tensors = {}
-    for index, prompt in enumerate(prompts[:PROMPT_COUNT]):
-        tokens = truth.greedy(prompt, STEPS)
-        tensors[f"prompt.{index}.input_ids"] = np.array(prompt, np.int64)
-        tensors[f"prompt.{index}.tokens"] = np.array(tokens, np.int64)
-        tensors[f"prompt.{index}.logits"] = np.ascontiguousarray(truth.logits(prompt + tokens[:-1])[len(prompt) - 1 :])
+    for index, item in enumerate(expected[:PROMPT_COUNT]):
+        tensors[f"prompt.{index}.input_ids"] = np.array(item.prompt, np.int64)
+        tensors[f"prompt.{index}.tokens"] = np.array(item.tokens, np.int64)
+        tensors[f"prompt.{index}.logits"] = np.ascontiguousarray(item.adapted[len(item.prompt) - 1 : -1])
     save_file(tensors, directory / GOLDEN)
 
 
@@ -47,6 +48,16 @@ def replay(artifact: Artifact, runner: Runner) -> list[str]:
         recorded = [tuple(tensors[f"prompt.{i}.{key}"] for key in ("input_ids", "tokens", "logits")) for i in range(count)]
     except (SafetensorError, KeyError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error}). Build the artifact again.") from error
+    vocabulary = artifact.manifest.outputs[0].shape[-1]
+    sound = [
+        ids.ndim == tokens.ndim == 1 and len(ids) and len(tokens) and logits.shape == (len(tokens), vocabulary)
+        and all(a.dtype == np.int64 and a.min() >= 0 and a.max() < vocabulary for a in (ids, tokens))
+        for ids, tokens, logits in recorded
+    ]  # fmt: skip
+    if not count or not all(sound):
+        raise ArtifactError(
+            f"{file} is damaged: it must hold prompts of int64 tokens below {vocabulary}, and their logits. Build it again."
+        )
     tolerance = TOLERANCES[artifact.manifest.precision].logits
     faults = []
     for index, (ids, tokens, expected) in enumerate(recorded):

@@ -28,7 +28,12 @@ class Report:
 
     @property
     def verified(self) -> bool:
-        return not self.causes
+        """Bytes and numbers are right. The ledger alone proves nothing of the numbers."""
+        return not self.causes and (self.numerics is not None or self.replay_faults is not None)
+
+    @property
+    def verdict(self) -> str:
+        return "VERIFIED" if self.verified else "FAILED" if self.causes else "NOT VERIFIED: the ledger alone was checked (--no-verify)"
 
     def to_dict(self) -> dict[str, Any]:
         return {"verified": self.verified, "causes": self.causes, **dataclasses.asdict(self)}
@@ -38,7 +43,7 @@ class Report:
 
     def to_text(self) -> str:
         ledger = self.ledger
-        lines = [f"{'VERIFIED' if self.verified else 'FAILED'}"]
+        lines = [self.verdict]
         lines += [f"  cause: {cause}" for cause in self.causes[:20]]
         if len(self.causes) > 20:
             lines.append(f"  and {len(self.causes) - 20} more causes (--json lists all)")
@@ -59,14 +64,21 @@ def _table(numerics: Numerics) -> list[str]:
     tolerance = numerics.tolerance
     lines = [
         f"  numerics: {numerics.precision} against eager PyTorch fp32, prefill and {numerics.steps} cached steps; {numerics.prompts}",
-        f"    allowed: logits {tolerance.logits:g} of the largest logit (or of 1), effect {tolerance.effect:.1%}",
-        f"    {'case':<22}{'tokens':>7}{'base error':>12}{'logit error':>13}{'max logit':>11}{'max effect':>12}{'effect error':>14}"
+        f"    allowed: {tolerance.multiple:g} noise floors; at most {tolerance.logits:g} of the largest logit, {tolerance.effect:.1%} of "
+        "the effect",
+        f"    {'case':<24}{'past':>11}{'base error':>12}{'logit error':>13}{'floors':>8}{'max effect':>12}{'effect error':>14}{'floors':>8}"
         "  greedy tokens",
     ]
     for case in numerics.cases:
-        greedy = "equal" if case.first_divergent_token is None else f"differ at {case.first_divergent_token}"
+        tie = case.margin <= numerics.tie(case)
+        greedy = "equal" if case.other_token is None else f"{'tie' if tie else 'differ'} at {case.other_token}"
         lines.append(
-            f"    {case.name:<22}{case.prompt_tokens:>7}{case.base_error:>12.2e}{case.logits_error:>13.2e}{case.largest_logit:>11.2f}"
-            f"{case.largest_effect:>12.2f}{case.effect_error:>14.4%}  {greedy}"
+            f"    {case.name:<24}{f'{case.past[0]}-{case.past[1]}':>11}{case.base_error:>12.2e}{case.logits_error:>13.2e}"
+            f"{_multiple(case.logits_error, case.floor_logits):>8}{case.largest_effect:>12.2f}{case.effect_error:>14.4%}"
+            f"{_multiple(case.effect_error, case.floor_effect):>8}  {greedy}"
         )
     return lines
+
+
+def _multiple(error: float, floor: float | None) -> str:
+    return f"{error / floor:.1f}" if floor else "-"

@@ -1,0 +1,135 @@
+"""Which runs an artifact is verified on.
+
+Each prompt alone and a single token: prefill at past length 0, then cached steps at every past length after it. All prompts as one ragged
+batch, padded on the side that the artifact declares. And a few steps near the end of the context, on a random KV cache: both sides read the
+same keys and values, so no long prefill is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from flora_export.verify.numerics import TOLERANCES, Expected, Logits, Numerics, difference, judge, measure
+
+STEPS = 16  # cached decode steps per prompt
+LIMIT_STEPS = 3  # near the end of the context
+LIMIT_BYTES = 512 * 2**20  # of a random KV cache in fp32, or a quarter of the weights; a longer context is tested as far as this goes
+
+Cache = list[tuple[Logits, Logits]]  # keys and values per layer, each [batch, KV heads, past, head size]
+Progress = Callable[[int, int], None]  # (done, of)
+
+
+class Truth(Protocol):
+    """Eager PyTorch."""
+
+    def logits(self, tokens: Sequence[int], *, adapter: bool = True, cache: Cache | None = None) -> Logits: ...
+    def greedy(self, prompt: Sequence[int], steps: int) -> list[int]: ...
+
+
+class Runner(Protocol):
+    """An artifact in its runtime."""
+
+    def start(self, prompts: list[list[int]]) -> list[Logits]: ...
+    def step(self, tokens: list[int]) -> Logits: ...
+    def resume(self, cache: Cache) -> None: ...
+    def cache_shapes(self) -> list[tuple[int, int]]: ...
+
+
+def expect(truth: Truth, prompts: list[list[int]], progress: Progress) -> list[Expected]:
+    """Eager's answers to the prompts, and to the first token of the first one alone."""
+    named = [(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)] + [("single token", prompts[0][:1])]
+    expected = []
+    for index, (name, prompt) in enumerate(named):
+        tokens = truth.greedy(prompt, STEPS)
+        sequence = prompt + tokens
+        expected.append(Expected(name, prompt, tokens, truth.logits(sequence), truth.logits(sequence, adapter=False)))
+        progress(index + 1, len(named))
+    return expected
+
+
+def expect_near_limit(
+    truth: Truth, shapes: Sequence[tuple[int, int]], context: int, tokens: list[int], budget: int
+) -> tuple[Expected, Cache]:
+    """Eager's logits for a few tokens that end one before the end of the context, after a random cache.
+
+    It has no noise floor, and is judged by the ceilings: at position p a rotary angle in fp32 is off by up to p epsilon on either side,
+    however precise the rest is, and prompts of some ten tokens do not show that.
+
+    Args:
+        shapes: (KV heads, head size) of each layer.
+        budget: bytes that the cache may have, where that is more than LIMIT_BYTES.
+    """
+    per_token = sum(2 * heads * size * 4 for heads, size in shapes)
+    past = min(context, max(LIMIT_BYTES, budget) // per_token) - len(tokens) - 1
+    rng = np.random.default_rng(0)
+
+    def draw(heads: int, size: int) -> Logits:
+        return rng.standard_normal((1, heads, past, size), dtype=np.float32).astype(np.float16).astype(np.float32)  # exact in fp16
+
+    cache = [(draw(heads, size), draw(heads, size)) for heads, size in shapes]
+    adapted, base = (truth.logits(tokens, adapter=adapter, cache=cache) for adapter in (True, False))
+    return Expected("near the context's end", tokens[:1], tokens[1:], adapted, base), cache
+
+
+def measure_floors(truth: Truth, expected: Sequence[Expected]) -> None:
+    """Note what eager in the artifact's precision is off by."""
+    for item in expected:
+        sequence = item.prompt + item.tokens
+        adapted, base = truth.logits(sequence), truth.logits(sequence, adapter=False)
+        effect = difference(item.adapted, item.base)
+        norm = float(np.linalg.norm(effect))
+        item.floor_logits = float(max(np.abs(adapted - item.adapted).max(), np.abs(base - item.base).max()))
+        item.floor_effect = float(np.linalg.norm(difference(adapted, base) - effect)) / norm if norm else 0.0
+
+
+def compare(
+    expected: Sequence[Expected],
+    near_limit: tuple[Expected, Cache] | None,
+    with_adapter: Runner,
+    without_adapter: Runner,
+    *,
+    precision: str,
+    source: str,
+    allow_vacuous: bool,
+    progress: Progress,
+) -> Numerics:
+    """Run the artifact through all cases, and judge."""
+    result = Numerics(precision, TOLERANCES[precision], source, STEPS)
+    batch = [item for item in expected if item.name.startswith("prompt")]
+    runs = [[item] for item in expected] + [batch]
+    for index, rows in enumerate(runs):
+        prompts, forced = [item.prompt for item in rows], [item.tokens for item in rows]
+        got, got_base = (run_forced(runner, prompts, forced) for runner in (with_adapter, without_adapter))
+        for row, item in enumerate(rows):
+            name = item.name if len(rows) == 1 else f"ragged batch, row {row}"
+            result.cases.append(measure(item, got[row], got_base[row], name, len(rows)))
+        progress(index + 1, len(runs) + 1)
+    if near_limit is not None:
+        item, cache = near_limit
+        got, got_base = ([_after(runner, cache, item.prompt + item.tokens)] for runner in (with_adapter, without_adapter))
+        result.cases.append(measure(item, got[0], got_base[0], item.name, 1, cache[0][0].shape[2]))
+    progress(len(runs) + 1, len(runs) + 1)
+    result.causes = judge(result, allow_vacuous=allow_vacuous)
+    return result
+
+
+def run_forced(runner: Runner, prompts: list[list[int]], forced: list[list[int]]) -> list[Logits]:
+    """Logits [prompt + steps, vocabulary] of each row, when each step is fed the given token.
+
+    Fed with eager's greedy tokens, a runner that prefers the same token at every place decodes the same text by itself.
+    """
+    rows = [[row] for row in runner.start(prompts)]
+    for step in range(len(forced[0])):
+        logits = runner.step([tokens[step] for tokens in forced])
+        for row, values in zip(rows, logits, strict=True):
+            row.append(values[None])
+    return [np.concatenate(row) for row in rows]
+
+
+def _after(runner: Runner, cache: Cache, tokens: list[int]) -> Logits:
+    """Logits [tokens, vocabulary] of tokens fed one by one after a cache."""
+    runner.resume(cache)
+    return np.concatenate([runner.step([token]) for token in tokens])
