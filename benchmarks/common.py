@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+from flora_export.verify.latency import environment
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("flora-export", "onnxruntime", "mobius-onnx", "onnx-ir", "torch", "transformers", "peft", "numpy")
 
 
 def random_adapter(base: Path, directory: Path, rank: int) -> Path:
@@ -28,21 +26,6 @@ def random_adapter(base: Path, directory: Path, rank: int) -> Path:
     config = FFBAConfig(r=rank, alpha=float(rank), init_ffba_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(directory)
     return directory
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        "unknown",
-    )
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(), "versions": versions}
 
 
 def summary(values: list[float]) -> dict[str, float]:

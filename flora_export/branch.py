@@ -20,6 +20,9 @@ Kind = Literal["attention", "mlp"]
 # The module names that can carry a branch, and what each one is.
 BLOCK_KINDS: dict[str, Kind] = {"self_attn": "attention", "mlp": "mlp"}
 
+# How far branches are fused.
+FUSE_LEVELS = ("none", "forward", "backward", "both")
+
 GATED = "gated"
 ACTIVATIONS: dict[Kind, tuple[str, ...]] = {
     "attention": ("identity", "relu", "silu", "gelu"),

@@ -16,10 +16,10 @@ from typing import Any
 import click
 
 from flora_export import __version__
+from flora_export.backends import BACKENDS, PLANNED
+from flora_export.branch import FUSE_LEVELS
 from flora_export.errors import ArtifactError, FloraExportError
 
-FUSE = ("none", "forward", "backward", "both")
-BACKENDS = ("onnxruntime", "tensorrt", "triton", "hf")
 DIRECTORY = click.Path(path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
@@ -37,12 +37,12 @@ def main() -> None:
 
 @main.command()
 @click.argument("ckpt", type=DIRECTORY)
-@click.option("--backend", type=click.Choice(BACKENDS), required=True, help="Runtime to build for.")
+@click.option("--backend", type=click.Choice([*BACKENDS, *PLANNED]), required=True, help="Runtime to build for.")
 @base_option
 @click.option("--output", type=DIRECTORY, required=True, help="Directory to make. Refused where it exists.")
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Machine to build for.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--fuse", type=click.Choice(FUSE), default="both", show_default=True, help="How far adapter branches are fused.")
+@click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="How far adapter branches are fused.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
@@ -88,10 +88,18 @@ def build(
 @base_option
 @vacuous_option
 @click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
+@click.option("--localise", is_flag=True, help="Name the first stage, layer and tensor that diverges; done anyway where the numbers fail.")
 @click.option("--report", "report_file", type=DIRECTORY, help="Write the report to this file as JSON.")
 @json_option
 def verify(
-    out: Path, ckpt: Path | None, base: str | None, allow_vacuous: bool, prompts: Path | None, report_file: Path | None, as_json: bool
+    out: Path,
+    ckpt: Path | None,
+    base: str | None,
+    allow_vacuous: bool,
+    prompts: Path | None,
+    localise: bool,
+    report_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Verify the artifact OUT: its bytes, and its numbers against eager PyTorch."""
 
@@ -100,7 +108,8 @@ def verify(
 
         if base is not None and ckpt is None:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
-        report = pipeline.verify(out, ckpt, base, pipeline.VerifyOptions(allow_vacuous, prompts), _progress())
+        options = pipeline.VerifyOptions(allow_vacuous, prompts, localise=localise)
+        report = pipeline.verify(out, ckpt, base, options, _progress())
         if report_file is not None:
             _write(report_file, report.to_json())
         if as_json:
@@ -115,7 +124,7 @@ def verify(
 @main.command()
 @click.argument("ckpt_or_out", type=DIRECTORY)
 @base_option
-@click.option("--fuse", type=click.Choice(FUSE), default="both", show_default=True, help="Of a checkpoint: the level to plan for.")
+@click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="Of a checkpoint: the level to plan for.")
 @json_option
 def explain(ckpt_or_out: Path, base: str | None, fuse: str, as_json: bool) -> None:
     """Show where each adapter tensor is: the ledger of an artifact, checked bit for bit, or the plan for a checkpoint."""

@@ -45,7 +45,8 @@ def write_model(model: ir.Model, directory: Path, progress: Progress | None = No
     """Write `model.onnx` and `model.onnx.data`, an initializer at a time, and return the ledger."""
     digests: dict[str, list[str]] = {}
     plan = planned_entries(model)
-    for value in model.graph.initializers.values():
+    recipes = {value: value.const_value for value in model.graph.initializers.values()}
+    for value in recipes:
         value.const_value = _Hashing(value, digests)
     done = 0
 
@@ -55,7 +56,11 @@ def write_model(model: ir.Model, directory: Path, progress: Progress | None = No
         if progress is not None:
             progress(done, info.total)
 
-    ir.save(model, directory / MODEL, external_data=DATA, callback=count, max_workers=2, max_in_flight_bytes=1 << 27)
+    try:
+        ir.save(model, directory / MODEL, external_data=DATA, callback=count, max_workers=2, max_in_flight_bytes=1 << 27)
+    finally:
+        for value, recipe in recipes.items():
+            value.const_value = recipe
     return [dataclasses.replace(entry, sha256=digests[entry.initializer].pop(0)) for entry in plan]
 
 

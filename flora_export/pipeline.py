@@ -18,6 +18,7 @@ from flora_export.ledger import LedgerReport, block_records, check_ledger, plann
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import replay, write_golden
+from flora_export.verify.localise import localise
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
@@ -41,6 +42,7 @@ class VerifyOptions:
     allow_vacuous: bool = False
     prompts: Path | None = None  # a file of prompts, one a line, instead of those that ship
     golden: bool = False  # record golden vectors
+    localise: bool = False  # name the first block that diverges even where all is right
 
 
 def load_sources(ckpt: Path, base_name: str | None) -> tuple[BaseModel, Checkpoint]:
@@ -80,6 +82,8 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
         report = dataclasses.replace(report, ledger=ledger) if report is not None else Report(ledger)
+        if report.numerics is not None and report.numerics.causes:
+            report.first_divergence = _localise(artifact, base, checkpoint, progress)
         if report.causes:
             raise VerificationError(report.to_text(), report.to_dict())
         with writing(output):
@@ -112,6 +116,8 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
             ledger.faults.append(f"it does not run: {error}")  # damaged as the faults before it say
             report = Report(ledger, environment=_environment())
         report.ledger = ledger
+        if options.localise or (report.numerics is not None and report.numerics.causes):
+            report.first_divergence = _localise(artifact, base, checkpoint, progress)
     return report
 
 
@@ -144,6 +150,16 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     )
     numerics.causes += tokenizer_faults(artifact, base)
     return Report(LedgerReport(), numerics, environment=_environment())
+
+
+def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
+    from flora_export.reference import Reference
+
+    prompts, _ = encode_prompts(artifact, int(base.config["vocab_size"]), int(base.config["max_position_embeddings"]))
+    divergence = localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
+    return str(
+        divergence or "no block is off in any stage; what is left is after the last block (final norm, head), or in cached steps alone"
+    )
 
 
 def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,26 @@ class Reference:
             output = self.model(input_ids=torch.tensor([list(tokens)]), past_key_values=past, use_cache=past is not None)
         result: npt.NDArray[np.float32] = output.logits[0].float().numpy()
         return result
+
+    @torch.no_grad()
+    def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str], *, adapter: bool) -> dict[str, npt.NDArray[np.float32]]:
+        """What each block returns, [tokens, d], by the name of its module, with or without the adapter."""
+        outputs: dict[str, npt.NDArray[np.float32]] = {}
+
+        def keep(block: str) -> Callable[..., None]:
+            def hook(_module: object, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+                outputs[block] = (output[0] if isinstance(output, tuple) else output)[0].float().numpy()
+
+            return hook
+
+        modules = dict(self.model.base_model.model.named_modules())
+        handles = [modules[block].register_forward_hook(keep(block)) for block in blocks]
+        try:
+            self.logits(tokens, adapter=adapter)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_export.branch import ACTIVATIONS
-from flora_export.passes import FUSE_LEVELS
+from flora_export.branch import ACTIVATIONS, FUSE_LEVELS
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
 from tests.families import FAMILIES, GATED_FAMILIES, make_adapter

@@ -58,6 +58,7 @@ def test_imports_go_down(module: str) -> None:
     assert here != "flora_export" or module == "flora_export", f"{module} stands on no floor: add it to FLOORS"
     for node in ast.walk(ast.parse(names[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{module}: imports are written in full"
             targets = [node.module] if node.module != "flora_export" else [f"flora_export.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]

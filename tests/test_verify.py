@@ -15,9 +15,9 @@ import onnx_ir as ir
 import pytest
 
 from flora_export.artifact import DATA, GOLDEN, MANIFEST, Artifact, LedgerEntry, open_artifact, seal
+from flora_export.branch import FUSE_LEVELS
 from flora_export.errors import ArtifactError, FloraExportError, VerificationError
 from flora_export.ledger import check_ledger
-from flora_export.passes import FUSE_LEVELS
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.verify.report import Report
 from tests.conftest import silent
@@ -314,3 +314,42 @@ def test_cuda_graphs_of_half_precision_are_built(base: Path, adapter: Path, tmp_
     assert artifact.manifest.operators["after"]["GroupQueryAttention"] == 2
     assert check_ledger(artifact).faults == []
     assert (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("matrix", ["A", "B"])
+def test_localise_names_the_layer_of_one_wrong_slice(out: Path, check: Callable[[Path], Report], layer: int, matrix: str) -> None:
+    def change(entry: LedgerEntry, view: Any) -> None:
+        if entry.tensor.endswith(f"layers.{layer}.mlp.ffba_{matrix}.weight"):
+            view += 0.05
+
+    edit(out, change, forge=True)
+    where = check(out).first_divergence
+    assert where is not None
+    assert where.startswith(f"written file, layer {layer}: model.layers.{layer}.mlp (")
+
+
+def test_localise_finds_nothing_in_a_right_artifact(built: Path, base: Path, adapter: Path) -> None:
+    report = verify(built, adapter, str(base), VerifyOptions(localise=True), silent)
+    assert report.verified
+    assert report.first_divergence is not None
+    assert report.first_divergence.startswith("no block is off in any stage")
+
+
+def test_localise_names_a_pass(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that puts the columns of one layer in the wrong order."""
+    from flora_export.passes import fuse_backward
+
+    real = fuse_backward._fuse_one
+
+    def wrong(model: ir.Model, branch: Any) -> None:
+        real(model, branch)
+        if "layers.1" in branch.block:
+            concat = next(node for node in model.graph if node.name == f"{branch.block}.ffba_concat")
+            first, second = concat.inputs
+            concat.replace_input_with(0, second)
+            concat.replace_input_with(1, first)
+
+    monkeypatch.setattr(fuse_backward, "_fuse_one", wrong)
+    with pytest.raises(VerificationError, match=r"first divergence: graph after FuseBackward, layer 1: model\.layers\.1\.self_attn"):
+        build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)

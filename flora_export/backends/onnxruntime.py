@@ -84,11 +84,12 @@ class Decoder:
     padding on the left. The others take an exact mask and positions, and are padded on the left as usual.
     """
 
-    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> None:
+    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, graph: bytes | None = None) -> None:
         """Load the artifact; without its adapter, what each B would add is zeroed in memory, so that the base model is left.
 
         Args:
             threads: of one operator; 0 leaves it to ONNX Runtime.
+            graph: run this graph instead of the artifact's, with the artifact's weights.
 
         Raises:
             BackendError: ONNX Runtime refuses the model, or has no provider for its target.
@@ -105,7 +106,8 @@ class Decoder:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
-        model = artifact.model if adapter else _without_adapter(artifact, options)
+        model = graph or (artifact.model if adapter else _without_adapter(artifact))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
         try:
             self.session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:  # ONNX Runtime raises several types, none public
@@ -158,9 +160,13 @@ class Decoder:
             results = self.session.run_with_ort_values(self.outputs, values | self.cache)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on input_ids {ids.shape}: {error}") from error
-        named = dict(zip(self.outputs, results, strict=True))
+        self.results = named = dict(zip(self.outputs, results, strict=True))
         self.cache = {name: named[name.replace("past_key_values.", "present.")] for name in self.cache_inputs}
         return _as_float32(named["logits"])
+
+    def result(self, name: str) -> Logits:
+        """Any output of the last call, as fp32."""
+        return _as_float32(self.results[name])
 
     def _empty(self, value: Any, batch: int, device: str = "cpu") -> Any:
         """A KV cache of no tokens: [batch, KV heads, 0, head size]."""
@@ -233,7 +239,7 @@ def _as_float32(value: Any) -> Logits:
     return value.numpy().astype(np.float32)  # type: ignore[no-any-return]
 
 
-def _without_adapter(artifact: Artifact, options: ort.SessionOptions) -> bytes:
+def _without_adapter(artifact: Artifact) -> bytes:
     """The graph with every B silenced: what a MatMul feeds to B's rows of its weight is multiplied by zero. Weights stay where they are.
 
     (Replacing the initializers in the session is not enough: a graph that ONNX Runtime casts to another precision keeps the file's.)
@@ -253,6 +259,5 @@ def _without_adapter(artifact: Artifact, options: ort.SessionOptions) -> bytes:
             silenced.outputs[0].name = f"{entry.tensor}.silenced.out"
             model.graph.insert_before(node, silenced)
             node.replace_input_with(0, silenced.outputs[0])
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
     graph: bytes = ir.to_proto(model).SerializeToString()
     return graph

@@ -19,8 +19,6 @@ from flora_export.passes.fuse_backward import FuseBackward
 from flora_export.passes.fuse_forward import FuseForward
 from flora_export.passes.hosts import find_hosts
 
-FUSE_LEVELS = ("none", "forward", "backward", "both")
-
 
 @dataclass(frozen=True)
 class Fused:

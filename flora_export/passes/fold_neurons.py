@@ -17,8 +17,8 @@ import onnx_ir as ir
 from flora_export.branch import GATED, Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
-from flora_export.passes.hosts import Neurons, Projection, host_node, neurons, same_function
-from flora_export.weights import Array, Part, add_sizes, dims_of, parts_of, widen
+from flora_export.passes.hosts import Neurons, Projection, host_node, neurons, own_part, same_function
+from flora_export.weights import Array, Part, add_sizes, dims_of, widen
 
 
 class FoldNeurons(ir.passes.InPlacePass):
@@ -68,9 +68,9 @@ def _fold_one(model: ir.Model, branch: Branch) -> bool:
     down = host_node(model, branch.writes[0])
     (total,) = [node for node, _ in adapters["B"].outputs[0].uses()]
     total.outputs[0].replace_all_uses_with(down.outputs[0])
-    _widen_projections(model, branch, [(projection, _part(node)) for projection, node in additions])
+    _widen_projections(model, branch, [(projection, own_part(node)) for projection, node in additions])
     weight = model.graph.initializers[branch.writes[0]]
-    widen(weight, 0, [(dims_of(weight)[0], _part(adapters["B"]))])
+    widen(weight, 0, [(dims_of(weight)[0], own_part(adapters["B"]))])
     _forget_shapes(host)
     model.graph.remove([total, *adapters.values(), *between], safe=True)
     for matrix in branch.matrices:
@@ -81,12 +81,6 @@ def _fold_one(model: ir.Model, branch: Branch) -> bool:
 def _adapter_nodes(model: ir.Model, branch: Branch) -> list[ir.Node]:
     """The nodes between the branch's projections, in order: its activation, and the product with A x of a gated one."""
     return [n for n in model.graph if n.name in (f"{branch.block}.ffba_z",) or (n.name or "").startswith(f"{branch.block}.ffba_act.")]
-
-
-def _part(node: ir.Node) -> Part:
-    weight = node.inputs[1]
-    assert weight is not None
-    return parts_of(weight)[1][0]
 
 
 def _widen_projections(model: ir.Model, branch: Branch, additions: Sequence[tuple[Projection, Part]]) -> None:

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
-from flora_export.passes.hosts import host_node
-from flora_export.weights import dims_of, parts_of, widen
+from flora_export.passes.hosts import host_node, own_part
+from flora_export.weights import dims_of, widen
 
 
 class FuseBackward(ir.passes.InPlacePass):
@@ -49,10 +49,10 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     host = host_node(model, branch.writes[0])
     adapter = host_node(model, weight_name(branch, "B"))
     h, weight = host.inputs
-    z, b = adapter.inputs
-    assert h is not None and z is not None and weight is not None and b is not None
+    z = adapter.inputs[0]
+    assert h is not None and z is not None and weight is not None
     (total,) = [node for node, _ in adapter.outputs[0].uses()]  # the Add that Attach has made
-    widen(weight, 0, [(dims_of(weight)[0], parts_of(b)[1][0])])
+    widen(weight, 0, [(dims_of(weight)[0], own_part(adapter))])
 
     concat = ir.node("Concat", [h, z], attributes={"axis": -1}, name=f"{branch.block}.ffba_concat")
     concat.outputs[0].name = f"{branch.block}.ffba_concat.out"  # [batch, tokens, columns of h + r]
@@ -60,4 +60,4 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     host.replace_input_with(0, concat.outputs[0])
     total.outputs[0].replace_all_uses_with(host.outputs[0])
     graph.remove([total, adapter], safe=True)
-    del graph.initializers[b.name]  # type: ignore[arg-type]
+    del graph.initializers[weight_name(branch, "B")]

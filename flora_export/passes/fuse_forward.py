@@ -16,8 +16,8 @@ import onnx_ir as ir
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
-from flora_export.passes.hosts import host_node
-from flora_export.weights import add_sizes, dims_of, parts_of, widen
+from flora_export.passes.hosts import host_node, own_part
+from flora_export.weights import add_sizes, dims_of, widen
 
 
 class FuseForward(ir.passes.InPlacePass):
@@ -54,7 +54,7 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     if product.is_graph_output():
         raise FusionError(f"{branch.block}: {weight.name} makes the graph's output {product.name}, which cannot be widened")
     columns = dims_of(weight)[1]
-    widen(weight, 1, [(columns, parts_of(_weight(node))[1][0]) for node in adapters])
+    widen(weight, 1, [(columns, own_part(node)) for node in adapters])
 
     sizes = add_sizes(model, f"{branch.block}.ffba_split.sizes", [columns, *[branch.rank] * len(adapters)])
     split = ir.node("Split", [product, sizes], attributes={"axis": -1}, num_outputs=1 + len(adapters), name=f"{branch.block}.ffba_split")
@@ -66,12 +66,6 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     product.shape = None  # it was the host's alone
     graph.insert_after(host, split)
     for node in adapters:
-        initializer = _weight(node)
         graph.remove(node, safe=True)
-        del graph.initializers[initializer.name]  # type: ignore[arg-type]
-
-
-def _weight(node: ir.Node) -> ir.Value:
-    weight = node.inputs[1]
-    assert weight is not None
-    return weight
+    for matrix in branch.forward_matrices:
+        del graph.initializers[weight_name(branch, matrix)]

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
+from flora_export.weights import Part, parts_of
 
 # Operators that act on each element alone, so that more columns in are more columns out and nothing else changes.
 # fmt: off
@@ -98,6 +99,13 @@ def host_node(model: ir.Model, weight_name: str) -> ir.Node:
         others = ", ".join(f"{node.op_type} {node.name}" for node in users)
         raise FusionError(f"{weight_name} is shared by {len(users)} nodes ({others}), so it cannot be widened for one of them")
     return users[0]
+
+
+def own_part(adapter: ir.Node) -> Part:
+    """The one part of an adapter projection's weight."""
+    weight = _weight(adapter)
+    assert weight is not None
+    return parts_of(weight)[1][0]
 
 
 def projections(model: ir.Model, branch: Branch) -> list[Projection]:

@@ -18,6 +18,7 @@ class Report:
     ledger: LedgerReport
     numerics: Numerics | None = None
     replay_faults: list[str] | None = None
+    first_divergence: str | None = None  # where the build goes wrong: stage, layer, block, tensor
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -47,6 +48,8 @@ class Report:
         lines += [f"  cause: {cause}" for cause in self.causes[:20]]
         if len(self.causes) > 20:
             lines.append(f"  and {len(self.causes) - 20} more causes (--json lists all)")
+        if self.first_divergence is not None:
+            lines.append(f"  first divergence: {self.first_divergence}")
         lines.append(f"  ledger: {ledger.checked} slices checked bit for bit, {ledger.adapter_tensors} adapter tensors")
         if ledger.base_tensors_equal:
             lines.append(

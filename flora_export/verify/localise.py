@@ -1,0 +1,130 @@
+"""Find where an artifact goes wrong: the first stage of the build, and in it the first block, whose output is not eager's.
+
+The build is done again, stage by stage: base graph, attached, each pass; last comes the file that was written. At each stage every
+block's output y is made an output of the graph and compared with what the same module returns in eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from flora_export.artifact import Artifact
+from flora_export.backends import load_backend
+from flora_export.base_model import BaseModel
+from flora_export.branch import Branch
+from flora_export.capture import capture
+from flora_export.checkpoint import Checkpoint
+from flora_export.ledger import write_model
+from flora_export.passes import passes_for, run_passes
+from flora_export.passes.hosts import find_hosts
+from flora_export.verify.numerics import TOLERANCES
+
+Array = npt.NDArray[np.float32]
+WRITTEN = "written file"
+
+
+class Blocks(Protocol):
+    """Eager PyTorch, looked into."""
+
+    def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str], *, adapter: bool) -> dict[str, Array]: ...
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where the graph is not eager: `tensor` is the graph's name for the block's output."""
+
+    stage: str
+    layer: int
+    block: str
+    tensor: str
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"{self.stage}, layer {self.layer}: {self.block} ({self.tensor}) is off by {self.error:.3g} (allowed {self.allowed:.3g})"
+
+
+def localise(
+    artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, truth: Blocks, tokens: list[int], progress: Callable[[str, int, int], None]
+) -> Divergence | None:
+    """The first divergence, or None where every block of every stage is right (the fault is then after the last block)."""
+    blocks = [record.block for record in artifact.manifest.blocks]
+    expected = {adapter: truth.block_outputs(tokens, blocks, adapter=adapter) for adapter in (False, True)}
+    for stage, adapter, directory, branches in _stages(artifact, base, checkpoint):
+        progress(f"looking into the {stage}", 0, 1)
+        found = _first_divergence(stage, Artifact(directory, artifact.manifest), branches, expected[adapter], tokens)
+        if found is not None:
+            return found
+    return None
+
+
+def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iterator[tuple[str, bool, Path, tuple[Branch, ...]]]:
+    """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
+    manifest = artifact.manifest
+    captured = capture(base, manifest.target, manifest.precision)
+    branches = find_hosts(captured.model, checkpoint.branches, base.width)
+    passes = passes_for(manifest.fuse, branches, checkpoint)
+    for index in range(len(passes) + 1):
+        if index:
+            run_passes(captured.model, passes[index - 1 : index])
+        with tempfile.TemporaryDirectory() as name:
+            write_model(captured.model, Path(name))
+            yield (f"graph after {type(passes[index - 1]).__name__}" if index else "base graph"), index > 0, Path(name), branches
+    yield WRITTEN, True, artifact.path, branches
+
+
+def _first_divergence(
+    stage: str, artifact: Artifact, branches: Sequence[Branch], expected: dict[str, Array], tokens: list[int]
+) -> Divergence | None:
+    graph, names = _expose(artifact.model, branches)
+    decoder = load_backend(artifact.manifest.backend).Decoder(artifact, graph=graph)
+    decoder.start([tokens])
+    tolerance = TOLERANCES[artifact.manifest.precision].logits
+    for branch in branches:  # in the order of layers, so that the first one is the cause and the others suffer from it
+        if branch.block not in names:
+            continue
+        want, got = expected[branch.block], decoder.result(names[branch.block])[0]
+        error, allowed = float(np.abs(got - want).max()), tolerance * max(1e-3, float(np.abs(want).max()))
+        if not error <= allowed:
+            layer = next(int(part) for part in branch.block.split(".") if part.isdigit())
+            return Divergence(stage, layer, branch.block, names[branch.block], error, allowed)
+    return None
+
+
+def _expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, str]]:
+    """The graph with every block's output as an output, and the names of these by block."""
+    loaded = ir.load(model)
+    graph, names = loaded.graph, {}
+    for branch in branches:
+        weight = graph.initializers.get(branch.writes[0])
+        nodes = [node for node, _ in weight.uses()] if weight is not None else []
+        if weight is None or len(nodes) != 1:
+            continue  # a damaged file: the ledger says so
+        value = _block_output(nodes[0].outputs[0])
+        if value.type is None or value.dtype is None:
+            value.type = ir.TensorType(weight.dtype or ir.DataType.FLOAT)
+        graph.outputs.append(value)
+        names[branch.block] = value.name or ""
+    proto: bytes = ir.to_proto(loaded).SerializeToString()
+    return proto, names
+
+
+def _block_output(value: ir.Value) -> ir.Value:
+    """What the block returns: its last projection's product, after its bias and what an unfused adapter adds."""
+    while True:
+        users = [node for node, _ in value.uses()]
+        if len(users) != 1 or users[0].op_type != "Add":
+            return value
+        (other,) = [v for v in users[0].inputs if v is not value] or [value]
+        adapter = (users[0].name or "").endswith(".ffba_add")
+        if not adapter and not (other is not None and other.is_initializer()):
+            return value  # the residual: no longer the block
+        value = users[0].outputs[0]
