@@ -18,7 +18,7 @@ import click
 from flora_export import __version__
 from flora_export.backends import BACKENDS, PLANNED
 from flora_export.branch import FUSE_LEVELS
-from flora_export.errors import ArtifactError, FloraExportError
+from flora_export.errors import FloraExportError
 
 DIRECTORY = click.Path(path_type=Path)
 
@@ -89,7 +89,9 @@ def build(
 @vacuous_option
 @click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
 @click.option("--localise", is_flag=True, help="Name the first stage, layer and tensor that diverges; done anyway where the numbers fail.")
-@click.option("--report", "report_file", type=DIRECTORY, help="Write the report to this file as JSON.")
+@click.option("--report", type=DIRECTORY, metavar="FILE", help="Write the report: a page where the name ends in .html, else JSON.")
+@click.option("--markdown", type=DIRECTORY, metavar="FILE", help="Write a short comment for a pull request.")
+@click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write test cases as JUnit XML.")
 @json_option
 def verify(
     out: Path,
@@ -98,25 +100,28 @@ def verify(
     allow_vacuous: bool,
     prompts: Path | None,
     localise: bool,
-    report_file: Path | None,
+    report: Path | None,
+    markdown: Path | None,
+    junit: Path | None,
     as_json: bool,
 ) -> None:
     """Verify the artifact OUT: its bytes, and its numbers against eager PyTorch."""
 
     def run() -> int:
         from flora_export import pipeline
+        from flora_export.artifact import open_artifact
+        from flora_export.verify.formats import write_reports
 
         if base is not None and ckpt is None:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
         options = pipeline.VerifyOptions(allow_vacuous, prompts, localise=localise)
-        report = pipeline.verify(out, ckpt, base, options, _progress())
-        if report_file is not None:
-            _write(report_file, report.to_json())
+        found = pipeline.verify(out, ckpt, base, options, _progress())
+        write_reports(found, open_artifact(out), report, markdown, junit)
         if as_json:
-            _print_json(report.to_dict())
+            _print_json(found.to_dict())
         else:
-            click.echo(report.to_text())
-        return 0 if report.verified else 1
+            click.echo(found.to_text())
+        return 0 if found.verified else 1
 
     _run(run, as_json)
 
@@ -257,13 +262,6 @@ def _fail(kind: str, message: str, code: int, as_json: bool, report: dict[str, A
         _print_json({"verified": False, "error": kind, "message": message, "exit_code": code} | ({"report": report} if report else {}))
     click.echo(f"error: {message}", err=True)
     sys.exit(code)
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def _print_json(content: dict[str, Any]) -> None:

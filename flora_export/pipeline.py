@@ -18,7 +18,7 @@ from flora_export.ledger import LedgerReport, block_records, check_ledger, plann
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import replay, write_golden
-from flora_export.verify.localise import localise
+from flora_export.verify.localise import block_errors, localise
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
@@ -136,6 +136,9 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     if options.golden:
         with writing(artifact.path):
             write_golden(expected, artifact.path)
+    hosts = {record.block: record for record in artifact.manifest.blocks}
+    branches = [dataclasses.replace(b, writes=tuple(hosts[b.block].writes)) for b in checkpoint.branches if b.block in hosts]
+    blocks = block_errors(artifact, branches, truth.block_outputs(prompts[0], list(hosts), adapter=True), prompts[0])
     progress("measuring the noise floor", 0, 1)
     measure_floors(truth.to_precision(artifact.manifest.precision), expected)
     del truth
@@ -149,17 +152,14 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
         progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)
-    return Report(LedgerReport(), numerics, environment=_environment())
+    return Report(LedgerReport(), numerics, blocks=blocks, environment=_environment())
 
 
 def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
     from flora_export.reference import Reference
 
     prompts, _ = encode_prompts(artifact, int(base.config["vocab_size"]), int(base.config["max_position_embeddings"]))
-    divergence = localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
-    return str(
-        divergence or "no block is off in any stage; what is left is after the last block (final norm, head), or in cached steps alone"
-    )
+    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
 
 
 def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:

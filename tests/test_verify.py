@@ -22,6 +22,7 @@ from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.verify.report import Report
 from tests.conftest import silent
 from tests.families import FAMILIES, SHAPE, make_adapter, make_base
+from tests.mutate import edit, scale_b
 
 
 @pytest.fixture(scope="module")
@@ -39,39 +40,6 @@ def out(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def check(base: Path, adapter: Path) -> Callable[[Path], Report]:
     return lambda out: verify(out, adapter, str(base), VerifyOptions(), silent)
-
-
-def edit(out: Path, change: Callable[[LedgerEntry, Any], None], *, forge: bool) -> None:
-    """Change the written slices. `forge` makes hashes and ledger agree with the change, as a careful forger would."""
-    artifact = open_artifact(out)
-    initializers = ir.load(artifact.model).graph.initializers
-    entries = []
-    for entry in artifact.manifest.ledger:
-        tensor = initializers[entry.initializer].const_value
-        if not isinstance(tensor, ir.ExternalTensor):  # small ones stand in model.onnx itself
-            entries.append(entry)
-            continue
-        data = np.memmap(out / DATA, dtype=tensor.dtype.numpy(), mode="r+", offset=tensor.offset or 0, shape=tuple(map(int, tensor.shape)))
-        view = data[(slice(None),) * entry.axis + (slice(entry.start, entry.stop),)]
-        change(entry, view)
-        data.flush()
-        entries.append(dataclasses.replace(entry, sha256=_digest(view)))
-    if forge:
-        seal(out, dataclasses.replace(artifact.manifest, ledger=entries))
-
-
-def _digest(view: Any) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(view).tobytes()).hexdigest()
-
-
-def scale_b(factor: float) -> Callable[[LedgerEntry, Any], None]:
-    def change(entry: LedgerEntry, view: Any) -> None:
-        if entry.tensor.endswith("ffba_B.weight"):
-            view *= factor
-
-    return change
 
 
 def test_a_good_one(built: Path, check: Callable[[Path], Report]) -> None:

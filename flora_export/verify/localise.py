@@ -38,32 +38,31 @@ class Blocks(Protocol):
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """The first place where the graph is not eager: `tensor` is the graph's name for the block's output."""
+class BlockError:
+    """How far one block's output is from eager's: `tensor` is the graph's name for it."""
 
-    stage: str
-    layer: int
     block: str
+    layer: int
     tensor: str
     error: float
     allowed: float
 
     def __str__(self) -> str:
-        return f"{self.stage}, layer {self.layer}: {self.block} ({self.tensor}) is off by {self.error:.3g} (allowed {self.allowed:.3g})"
+        return f"layer {self.layer}: {self.block} ({self.tensor}) is off by {self.error:.3g} (allowed {self.allowed:.3g})"
 
 
 def localise(
     artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, truth: Blocks, tokens: list[int], progress: Callable[[str, int, int], None]
-) -> Divergence | None:
-    """The first divergence, or None where every block of every stage is right (the fault is then after the last block)."""
+) -> str:
+    """The first stage and block that diverge, in words; or that none does, and the fault is after the last block."""
     blocks = [record.block for record in artifact.manifest.blocks]
     expected = {adapter: truth.block_outputs(tokens, blocks, adapter=adapter) for adapter in (False, True)}
     for stage, adapter, directory, branches in _stages(artifact, base, checkpoint):
         progress(f"looking into the {stage}", 0, 1)
-        found = _first_divergence(stage, Artifact(directory, artifact.manifest), branches, expected[adapter], tokens)
-        if found is not None:
-            return found
-    return None
+        for found in block_errors(Artifact(directory, artifact.manifest), branches, expected[adapter], tokens):
+            if not found.error <= found.allowed:  # the first in the order of layers is the cause, and the others suffer from it
+                return f"{stage}, {found}"
+    return "no block is off in any stage; what is left is after the last block (final norm, head), or in cached steps alone"
 
 
 def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iterator[tuple[str, bool, Path, tuple[Branch, ...]]]:
@@ -81,22 +80,21 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     yield WRITTEN, True, artifact.path, branches
 
 
-def _first_divergence(
-    stage: str, artifact: Artifact, branches: Sequence[Branch], expected: dict[str, Array], tokens: list[int]
-) -> Divergence | None:
+def block_errors(artifact: Artifact, branches: Sequence[Branch], expected: dict[str, Array], tokens: list[int]) -> list[BlockError]:
+    """Every block's error for one prompt, in the order of layers. `expected` is eager's `block_outputs`."""
     graph, names = _expose(artifact.model, branches)
     decoder = load_backend(artifact.manifest.backend).Decoder(artifact, graph=graph)
     decoder.start([tokens])
     tolerance = TOLERANCES[artifact.manifest.precision].logits
-    for branch in branches:  # in the order of layers, so that the first one is the cause and the others suffer from it
+    errors = []
+    for branch in branches:
         if branch.block not in names:
             continue
         want, got = expected[branch.block], decoder.result(names[branch.block])[0]
-        error, allowed = float(np.abs(got - want).max()), tolerance * max(1e-3, float(np.abs(want).max()))
-        if not error <= allowed:
-            layer = next(int(part) for part in branch.block.split(".") if part.isdigit())
-            return Divergence(stage, layer, branch.block, names[branch.block], error, allowed)
-    return None
+        layer = next(int(part) for part in branch.block.split(".") if part.isdigit())
+        allowed = tolerance * max(1e-3, float(np.abs(want).max()))
+        errors.append(BlockError(branch.block, layer, names[branch.block], float(np.abs(got - want).max()), allowed))
+    return errors
 
 
 def _expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, str]]:

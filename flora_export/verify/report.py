@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flora_export.ledger import LedgerReport
+from flora_export.verify.localise import BlockError
 from flora_export.verify.numerics import Numerics
 
 
@@ -18,6 +19,7 @@ class Report:
     ledger: LedgerReport
     numerics: Numerics | None = None
     replay_faults: list[str] | None = None
+    blocks: list[BlockError] = field(default_factory=list)  # of the written file, for the first prompt
     first_divergence: str | None = None  # where the build goes wrong: stage, layer, block, tensor
     environment: dict[str, str] = field(default_factory=dict)
 
