@@ -143,7 +143,7 @@ def _linear(in_features: int, out_features: int, host: Tensor, zero: bool = Fals
 def _host_activation(mlp: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
     """The activation of a gated MLP: one with gate and up projections, apart or packed."""
     modules = dict(mlp.named_children())
-    gated = "gate_up_proj" in modules or {"gate_proj", "up_proj"} <= modules.keys()
+    gated = "gate_up_proj" in modules or ("gate_proj" in modules and "up_proj" in modules)  # torch 2.11 compiles no set comparison
     activation = modules.get("act_fn") or modules.get("activation_fn")
     if not gated or activation is None:
         raise ValueError(
