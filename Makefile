@@ -7,7 +7,7 @@ BASE := models/smollm2
 ADAPTER := examples/01_train_ffba/adapter
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo test lint types bench train clean
+.PHONY: demo test lint types bench readme-tables train clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -36,6 +36,10 @@ types: $(VENV)/installed
 bench: $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)
+
+# The README's measured section, from benchmarks/results/.
+readme-tables: $(VENV)/installed
+	$(BIN)/python benchmarks/readme_tables.py
 
 # Makes the adapter of the example again; about 15 minutes on two cores.
 train: $(BASE)

@@ -199,6 +199,7 @@ def generate(out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_a
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each arm. Without it, all cores.")
 @click.option("--rounds", type=click.IntRange(min=1), default=60, show_default=True, help="Rounds of TPOT; TTFT and the total get fewer.")
 @click.option("--max-overhead", metavar="SHARE", help="Budget of OUT's TPOT over the base model's, such as 3%: exit code 1 unless proved.")
+@click.option("--report", type=DIRECTORY, metavar="FILE", help="Write the result: a page where the name ends in .html, else JSON.")
 @json_option
 def bench(
     out: Path,
@@ -211,12 +212,14 @@ def bench(
     threads: int | None,
     rounds: int,
     max_overhead: str | None,
+    report: Path | None,
     as_json: bool,
 ) -> None:
     """Measure the latency of the artifact OUT beside its base model, LoRA and eager PyTorch."""
 
     def run() -> int:
         from flora_export import bench as measuring
+        from flora_export.verify.formats import write_bench
         from flora_export.verify.latency import to_text
 
         numbers = measuring.whole_numbers
@@ -231,6 +234,7 @@ def bench(
             max_overhead=None if max_overhead is None else measuring.share(max_overhead, "--max-overhead"),
         )
         result = measuring.bench(out, base, options, _progress())
+        write_bench(result, out.name, report)
         if as_json:
             _print_json(result)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,3 +70,20 @@ def test_results_of_texts() -> None:
     assert result_of("So Anna has 23 apples now, not 20.") == 20
     assert result_of("Answer: -4.") == -4
     assert result_of("none") is None
+
+
+def test_02_ci_workflow(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Every flora-export line of the workflow runs, with the example's names put in."""
+    yaml = pytest.importorskip("yaml", reason="pyyaml comes with huggingface-hub; without it the workflow cannot be read")
+    steps = yaml.safe_load((EXAMPLES / "02_ci" / "verify-adapter.yml").read_text())["jobs"]["artifact"]["steps"]
+    commands = [step["run"] for step in steps if "flora-export " in step.get("run", "") and "pip" not in step["run"]]
+    assert len(commands) == 3
+    environment = os.environ | {"ADAPTER": str(adapter), "BASE": str(base), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for command in commands:
+        quick = command.replace("--max-overhead 5%", "--rounds 2 --prompt-tokens 8 --past-tokens 8 --new-tokens 2")  # no timed assertion
+        result = subprocess.run(
+            ["bash", "-ec", quick], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "report.html", "bench.html", "junit.xml", "comment.md", "summary.md"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 from flora_export.artifact import Artifact
 from flora_export.errors import ArtifactError
@@ -27,6 +29,14 @@ def write_reports(report: Report, artifact: Artifact, page: Path | None, comment
         texts[cases] = junit(report, artifact.path.name)
     for file, text in texts.items():
         write_text(file, text)
+
+
+def write_bench(result: dict[str, Any], name: str, page: Path | None) -> None:
+    """Write the result of a latency measurement, as HTML, or as JSON where the name does not end in .html. Raises ArtifactError."""
+    from flora_export.verify.html import bench_page
+
+    if page is not None:
+        write_text(page, bench_page(result, name) if page.suffix == ".html" else json.dumps(result, indent=1) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

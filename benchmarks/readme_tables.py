@@ -1,0 +1,81 @@
+"""Write the README's measured section from the files under benchmarks/results/.
+
+python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- measured: written by `make readme-tables` -->", "<!-- end of measured -->"
+ARMS = {
+    "fused": "FFBA fused (`--fuse both`)",
+    "forward": "FFBA fused forward only",
+    "backward": "FFBA fused backward only",
+    "unfused": "FFBA unfused (`--fuse none`)",
+    "lora": "LoRA of the same rank on all projections, unmerged",
+    "eager": "FFBA unfused in eager PyTorch",
+}
+METRICS = ("tpot", "ttft", "total")
+
+
+def section() -> str:
+    """The measured section, without its heading."""
+    decode, build, training = (
+        json.loads((ROOT / file).read_text())
+        for file in ("benchmarks/results/decode.json", "benchmarks/results/build.json", "examples/01_train_ffba/adapter/training.json")
+    )
+    settings = decode["settings"]
+    past, prompt, new = settings["past_tokens"][0], settings["prompt_tokens"][0], settings["new_tokens"]
+    scores = f"{training['exact_before']:.2f} to {training['exact_after']:.2f}"
+    paragraphs = [
+        [
+            "[decode.json](benchmarks/results/decode.json): SmolLM2-135M fp32,",
+            f"rank {decode['artifact']['rank'][0]} on attention and MLP, ONNX Runtime on {settings['threads']} CPU threads;",
+            "arms interleaved in one run, ratios taken round by round, medians.",
+            f"The base's decode step took {milliseconds(decode, 'base', 'tpot'):.1f} ms.",
+            f"The fused model's weights are {decode['bytes_ratio_to_base']['fused']:.3f} times the base's bytes.",
+            "LoRA here is its strongest unmerged form: packed projections stay packed.",
+        ],
+        [
+            f"A build takes {build['ratio_seconds']:.2f} times as long as mobius's own build and save of the base,",
+            f"at {build['ratio_memory']:.2f} times its peak memory ([build.json](benchmarks/results/build.json)):",
+            "weights are widened one at a time, as they are written.",
+        ],
+        [
+            f"The example's adapter (rank 8, 0.7 M parameters, {training['training_seconds'] / 60:.0f} minutes of training on two cores)",
+            f"takes exact answers on {training['held_out_problems']} held-out word problems from {scores}",
+            "([training.json](examples/01_train_ffba/adapter/training.json)).",
+        ],
+    ]
+    head = f"| ratio to the base model (95 % interval) | decode, {past} past tokens | prefill, {prompt} tokens | {prompt} + {new} tokens |"
+    table = [head, "| --- | --- | --- | --- |", *rows(decode)]
+    return "\n".join(table) + "\n\n" + "\n\n".join("\n".join(paragraph) for paragraph in paragraphs)
+
+
+def rows(decode: dict[str, Any]) -> list[str]:
+    """An arm a row; decode, prefill and whole generation as ratios to base."""
+    cells = {(m["arm"], m["metric"]): m for m in reversed(decode["measurements"]) if m["batch"] == 1}  # the first of each stays
+    table = []
+    for arm, name in ARMS.items():
+        ratios = [(m["ratio_to_base"], *m["ratio_interval"]) for m in (cells[(arm, metric)] for metric in METRICS)]
+        table.append(f"| {name} | " + " | ".join(f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios) + " |")
+    return table
+
+
+def milliseconds(decode: dict[str, Any], arm: str, metric: str) -> float:
+    return next(float(m["median_ms"]) for m in decode["measurements"] if (m["arm"], m["metric"], m["batch"]) == (arm, metric, 1))
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(START)
+    readme.write_text(f"{head}{START}\n{section()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
