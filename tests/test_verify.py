@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,3 +323,13 @@ def test_localise_names_a_pass(base: Path, adapter: Path, tmp_path: Path, monkey
     monkeypatch.setattr(fuse_backward, "_fuse_one", wrong)
     with pytest.raises(VerificationError, match=r"first divergence: graph after FuseBackward, layer 1: model\.layers\.1\.self_attn"):
         build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)
+
+
+def test_replay_needs_no_torch(built: Path) -> None:
+    """The machine that serves has neither the checkpoint nor torch."""
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'peft', 'mobius', 'matplotlib'): sys.modules[name] = None\n"
+        f"from flora_export.cli import main\nmain(['verify', {str(built)!r}])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stdout.splitlines()[0]) == (0, "VERIFIED"), result.stderr
