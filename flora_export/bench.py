@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import gc
 import os
 import shlex
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from flora_export.artifact import DATA, Artifact, Manifest, open_artifact
+from flora_export.artifact import Artifact, open_artifact
 from flora_export.backends import load_backend
 from flora_export.base_model import BaseModel, load_base
-from flora_export.branch import BLOCK_KINDS, Branch
-from flora_export.capture import capture
-from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, tensor_name
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
-from flora_export.ledger import write_model
-from flora_export.passes import fuse_adapter, run_passes
-from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
 from flora_export.verify.arms import Arm, EagerArm, OnnxArm
-from flora_export.verify.latency import BASE, Call, environment, interleaved, judge_overhead, summarise
+from flora_export.verify.build_arms import ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
+from flora_export.verify.latency import BASE, Call, Samples, environment, interleaved, joined, judge_overhead, summarise
+from flora_export.verify.pages import gather
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
+Series = tuple[str, int, int]  # metric, tokens, batch
 
 SCHEMA_VERSION = 1
-FUSE_LEVELS = {"unfused": "none", "forward": "forward", "backward": "backward"}
-ARMS = ("eager", BASE, *FUSE_LEVELS, "fused", "lora", "lora-budget")
-DEFAULT_ARMS = ("eager", BASE, "unfused", "fused", "lora")
-WARMUP = {"ttft": 2, "tpot": 5, "total": 1}
-LEAST_ROUNDS = 3
+DEFAULT_ARMS = (EAGER, BASE, "unfused", FUSED, "lora")
+LOADS = 3  # how often the arms are loaded anew, each time in another order
+SHARES = {"ttft": 5, "tpot": 1, "total": 12}  # the rounds of TPOT for one round of each
+WARMUP = {"ttft": 2, "tpot": 5, "total": 1}  # of each load
 # Eager, the slowest, takes part in every fourth round at most. PyTorch's threads spin for a while after their work: what comes next
 # waits for them.
 EAGER_EVERY, EAGER_SETTLE = 4, 0.01
@@ -52,32 +47,19 @@ class BenchOptions:
     new_tokens: int = 32
     batch: tuple[int, ...] = (1,)
     threads: int = 0  # 0: all cores
-    rounds: int = 60  # of TPOT; TTFT gets a fifth, the total a twelfth
+    rounds: int = 60  # of TPOT, over all loads
     max_overhead: float | None = None
 
-    def rounds_of(self, metric: str) -> int:
-        return self.rounds if metric == "tpot" else max(min(self.rounds, LEAST_ROUNDS), self.rounds // {"ttft": 5, "total": 12}[metric])
-
-
-@dataclass
-class _Bench:
-    """What is known while the arms are built and measured."""
-
-    artifact: Artifact
-    base: BaseModel
-    checkpoint: Checkpoint  # random numbers under the artifact's own configuration
-    threads: int
-    bytes: dict[str, int] = dataclasses.field(default_factory=dict)
-    parameters: dict[str, int] = dataclasses.field(default_factory=dict)
-    lora_rank: dict[str, int] = dataclasses.field(default_factory=dict)
-
     @property
-    def manifest(self) -> Manifest:
-        return self.artifact.manifest
+    def loads(self) -> int:
+        return min(LOADS, self.rounds)
+
+    def rounds_per_load(self, metric: str) -> int:
+        return -(-self.rounds // (SHARES[metric] * self.loads))
 
 
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
-    """ "32,128" -> (32, 128). Raises FloraExportError."""
+    """Read "32,128" as (32, 128). Raises FloraExportError."""
     try:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
@@ -88,7 +70,7 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def share(text: str, option: str) -> float:
-    """ "3%" or "0.03" -> 0.03. Raises FloraExportError."""
+    """Read "3%" or "0.03" as 0.03. Raises FloraExportError."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
@@ -107,19 +89,28 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
         FloraExportError: an unknown arm, numbers beyond the model's context, or another base model than the artifact's.
     """
     artifact = open_artifact(out)
-    arms = _arms(options)
-    base = load_base(base_name or str(artifact.manifest.base["name"]))
+    manifest, arms, threads = artifact.manifest, _arms(options), options.threads or os.cpu_count() or 1
+    base = load_base(base_name or str(manifest.base["name"]))
     _check(artifact, base, options)
+    load_backend(manifest.backend).Decoder(artifact, threads=threads)  # what is wrong with it shows before anything is built
     with tempfile.TemporaryDirectory(prefix="flora-export-bench-") as work, ExitStack() as stack:
-        checkpoint = _random_checkpoint(artifact.manifest, base, Path(work) / "adapter")
-        run = _Bench(artifact, base, checkpoint, options.threads or os.cpu_count() or 1)
-        runners = {}
-        for index, arm in enumerate(sorted(arms, key="fused".__ne__)):  # the artifact first: what is wrong with it shows at once
+        checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter")
+        built = {}
+        for index, arm in enumerate(arms):
             progress("building arms", index, len(arms))
-            runners[arm] = _make_arm(arm, run, Path(work), stack)
+            built[arm] = build_arm(arm, artifact, base, checkpoint, Path(work) / arm)
         progress("building arms", len(arms), len(arms))
-        measurements = list(_measure({arm: runners[arm] for arm in arms}, run, options, progress))
-    return _result(arms, run, options, measurements)
+        eager = None
+        if EAGER in arms:
+            eager = EagerArm(base, checkpoint, manifest.target, manifest.precision, threads)
+            stack.callback(eager.close)
+        loads: dict[Series, list[Samples]] = defaultdict(list)
+        for load in range(options.loads):
+            for series, samples in _measure_load(load, built, eager, options, threads, int(base.config["vocab_size"]), progress):
+                loads[series].append(samples)
+            gc.collect()  # its sessions make room for the next
+        sizes = {arm: size for arm in arms if (size := built[arm].bytes) is not None}
+    return _result(artifact, base, built, sizes, options, threads, loads)
 
 
 def _arms(options: BenchOptions) -> tuple[str, ...]:
@@ -127,7 +118,7 @@ def _arms(options: BenchOptions) -> tuple[str, ...]:
     unknown = [arm for arm in options.arms if arm not in ARMS]
     if unknown:
         raise FloraExportError(f"--arms: {', '.join(map(repr, unknown))} is unknown; there are {', '.join(ARMS)}")
-    if options.max_overhead is not None and "fused" not in options.arms:
+    if options.max_overhead is not None and FUSED not in options.arms:
         raise FloraExportError("--max-overhead judges the arm fused: add it to --arms")
     return tuple(arm for arm in ARMS if arm in options.arms or arm == BASE)
 
@@ -150,71 +141,36 @@ def _check(artifact: Artifact, base: BaseModel, options: BenchOptions) -> None:
         )
 
 
-def _random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> Checkpoint:
-    """An adapter with the artifact's configuration and random numbers, read as any other: latency does not depend on the numbers."""
-    directory.mkdir()
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for block in manifest.blocks:
-        branch = Branch(block.block, BLOCK_KINDS[block.block.rpartition(".")[2]], block.activation, block.rank, block.scale)
-        for matrix in branch.matrices:
-            numbers = rng.standard_normal(branch.shape(matrix, base.width), np.float32)
-            tensors[tensor_name(branch, matrix)] = numbers * np.float32(0.02)
-    save_file(tensors, directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(manifest.checkpoint["config"]), encoding="utf-8")
-    return load_checkpoint(directory, base)
-
-
-def _make_arm(arm: str, run: _Bench, work: Path, stack: ExitStack) -> Arm:
-    """Build an arm and load it. Its files are removed once they are loaded."""
-    manifest, checkpoint = run.manifest, run.checkpoint
-    adapter = sum(int(np.prod(b.shape(m, run.base.width))) for b in checkpoint.branches for m in b.matrices)
-    run.parameters[arm] = 0 if arm == BASE else adapter
-    if arm == "eager":
-        eager = EagerArm(run.base, checkpoint, manifest.target, manifest.precision, run.threads)
-        stack.callback(eager.close)
-        return eager
-    if arm == "fused":
-        return _load(arm, run.artifact, run)
-    captured = capture(run.base, manifest.target, manifest.precision)
-    if arm in FUSE_LEVELS:
-        fuse_adapter(captured, run.base, checkpoint, FUSE_LEVELS[arm])
-    elif arm != BASE:
-        hosts = lora_hosts(captured.model, run.base, checkpoint.branches[0].block.rsplit(".", 2)[0])
-        same = statistics.mode(branch.rank for branch in checkpoint.branches)
-        rank = same if arm == "lora" else max(1, round(adapter / lora_parameters(hosts, 1)))
-        run_passes(captured.model, [AttachLora(hosts, rank)])
-        run.lora_rank[arm], run.parameters[arm] = rank, lora_parameters(hosts, rank)
-    with tempfile.TemporaryDirectory(dir=work) as directory:
-        write_model(captured.model, Path(directory))
-        return _load(arm, Artifact(Path(directory), dataclasses.replace(manifest, blocks=[], ledger=[])), run)
-
-
-def _load(arm: str, artifact: Artifact, run: _Bench) -> Arm:
-    backend = load_backend(artifact.manifest.backend)
-    run.bytes[arm] = (artifact.path / DATA).stat().st_size
-    return OnnxArm(backend.Bound(backend.Decoder(artifact, threads=run.threads)))
-
-
-def _measure(arms: dict[str, Arm], run: _Bench, options: BenchOptions, progress: Progress) -> Iterator[dict[str, Any]]:
-    """The rows of the result: every metric at every length and batch."""
-    vocabulary = int(run.base.config["vocab_size"])
+def _measure_load(
+    load: int, built: Mapping[str, Built], eager: EagerArm | None, options: BenchOptions, threads: int, vocabulary: int, progress: Progress
+) -> Iterator[tuple[Series, Samples]]:
+    """Load every arm, each time in another order, and time every metric at every length and batch."""
+    names = [arm for arm, each in built.items() if each.artifact is not None]
+    order = (names, names[::-1], names[len(names) // 2 :] + names[: len(names) // 2])[load % LOADS]
+    where = f"load {load + 1} of {options.loads}"
+    runners: dict[str, Arm] = {} if eager is None else {EAGER: eager}
+    for index, arm in enumerate(order):
+        progress(f"{where}: loading arms", index, len(order))
+        artifact = built[arm].artifact
+        assert artifact is not None
+        backend = load_backend(artifact.manifest.backend)
+        runners[arm] = OnnxArm(backend.Bound(backend.Decoder(artifact, threads=threads)))
+    gather()
+    progress(f"{where}: loading arms", len(order), len(order))
     rng = np.random.default_rng(0)
     for batch in options.batch:
-        series = [("ttft", n) for n in options.prompt_tokens] + [("tpot", n) for n in options.past_tokens]
-        for metric, tokens in [*series, ("total", options.prompt_tokens[0])]:
+        lengths = [("ttft", n) for n in options.prompt_tokens] + [("tpot", n) for n in options.past_tokens]
+        for metric, tokens in [*lengths, ("total", options.prompt_tokens[0])]:
             prompt, new = (rng.integers(min(3, vocabulary - 1), vocabulary, (batch, n)) for n in (tokens, options.new_tokens))
-            rounds = options.rounds_of(metric)
-            calls = {arm: _call(metric, runner, prompt, new) for arm, runner in arms.items()}
-            if "eager" in calls:
-                every = max(1, min(EAGER_EVERY, (rounds - 1) // (LEAST_ROUNDS - 1)))  # at least three of them
-                calls["eager"] = dataclasses.replace(calls["eager"], every=every, settle=EAGER_SETTLE)
-            label = f"measuring {metric}, {tokens} tokens, batch {batch}"
-            samples = interleaved(calls, rounds, WARMUP[metric], lambda done, of, label=label: progress(label, done, of))  # type: ignore[misc]
-            for arm, summary in summarise(samples).items():
-                interval = list(summary.ratio_interval) if summary.ratio_interval else None
-                row = {"metric": metric, "tokens": tokens, "batch": batch, "arm": arm, **dataclasses.asdict(summary)}
-                yield row | {"ratio_interval": interval}
+            rounds = options.rounds_per_load(metric)
+            calls = {arm: _call(metric, runners[arm], prompt, new) for arm in built}
+            if EAGER in calls:
+                calls[EAGER] = dataclasses.replace(calls[EAGER], every=min(EAGER_EVERY, rounds), settle=EAGER_SETTLE)
+                if load == 0 and metric != "total":  # it stays loaded, and one warm-up is enough for it
+                    calls[EAGER].run(calls[EAGER].prepare())
+            label = f"{where}: {metric}, {tokens} tokens, batch {batch}"
+            samples = interleaved(calls, rounds, WARMUP[metric], lambda done, of, label=label: progress(label, done, of), load)  # type: ignore[misc]
+            yield (metric, tokens, batch), samples
 
 
 def _call(metric: str, arm: Arm, prompt: Any, new: Any) -> Call:
@@ -223,43 +179,61 @@ def _call(metric: str, arm: Arm, prompt: Any, new: Any) -> Call:
     return arm.step(prompt, new[:, :1]) if metric == "tpot" else arm.generation(prompt, new)
 
 
-def _result(arms: tuple[str, ...], run: _Bench, options: BenchOptions, measurements: list[dict[str, Any]]) -> dict[str, Any]:
-    manifest = run.manifest
+def _result(
+    artifact: Artifact,
+    base: BaseModel,
+    built: Mapping[str, Built],
+    sizes: Mapping[str, int],
+    options: BenchOptions,
+    threads: int,
+    loads: Mapping[Series, list[Samples]],
+) -> dict[str, Any]:
+    manifest = artifact.manifest
+    measurements = [row for series, samples in loads.items() for row in _rows(series, samples)]
     ranks = sorted({block.rank for block in manifest.blocks})
-    where = "inputs and outputs stay on the device, and each run is waited for: ONNX Runtime's Python API has no device events"
+    what = (
+        f"{base.name}, FFBA rank {', '.join(map(str, ranks))}, {manifest.precision}, {manifest.target}, {threads} threads; "
+        f"arms interleaved in one process, so sessions do not spin, and loaded {options.loads} times; "
+        "the model alone is timed, on given tokens"
+    )
+    if manifest.target != "cpu":
+        what += "; inputs and outputs stay on the device, and each run is waited for: ONNX Runtime's Python API has no device events"
     return {
         "schema_version": SCHEMA_VERSION,
-        "what": (
-            f"{run.base.name}, FFBA rank {', '.join(map(str, ranks))}, {manifest.precision}, {manifest.target}, {run.threads} threads; "
-            "arms interleaved in one process, so sessions do not spin; the model alone is timed, on given tokens"
-            + (f"; {where}" if manifest.target != "cpu" else "")
-        ),
+        "what": what,
         "artifact": {key: getattr(manifest, key) for key in ("fuse", "precision", "target")} | {"rank": ranks, "padding": manifest.padding},
-        "arms": list(arms),
+        "arms": list(built),
         "settings": {
             "prompt_tokens": list(options.prompt_tokens),
             "past_tokens": list(options.past_tokens),
             "new_tokens": options.new_tokens,
             "batch": list(options.batch),
-            "rounds": {metric: options.rounds_of(metric) for metric in WARMUP},
-            "threads": run.threads,
+            "rounds": {metric: options.loads * options.rounds_per_load(metric) for metric in SHARES},
+            "threads": threads,
             "spinning": False,
         },
         "measurements": measurements,
-        "bytes_ratio_to_base": {arm: run.bytes[arm] / run.bytes[BASE] for arm in arms if arm in run.bytes},
-        "adapter_parameters": {arm: run.parameters[arm] for arm in arms},
-        "lora_rank": {arm: run.lora_rank[arm] for arm in arms if arm in run.lora_rank},
+        "bytes_ratio_to_base": {arm: size / sizes[BASE] for arm, size in sizes.items()},
+        "adapter_parameters": {arm: each.parameters for arm, each in built.items()},
+        "lora_rank": {arm: each.lora_rank for arm, each in built.items() if each.lora_rank is not None},
         "budget": _budget(options, measurements),
         "environment": environment(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
+def _rows(series: Series, loads: list[Samples]) -> Iterator[dict[str, Any]]:
+    metric, tokens, batch = series
+    for arm, summary in summarise(joined(loads), len(loads)).items():
+        row = {"metric": metric, "tokens": tokens, "batch": batch, "arm": arm, **dataclasses.asdict(summary)}
+        yield row | {"ratio_interval": list(summary.ratio_interval) if summary.ratio_interval else None}
+
+
 def _budget(options: BenchOptions, measurements: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The verdict on TPOT of `fused`, at the first past length and batch."""
     if options.max_overhead is None:
         return None
-    row = next(m for m in measurements if (m["metric"], m["arm"]) == ("tpot", "fused"))
+    row = next(m for m in measurements if (m["metric"], m["arm"]) == ("tpot", FUSED))
     judged = judge_overhead(row["ratio_interval"], options.max_overhead)
     return {
         "max_overhead": options.max_overhead,

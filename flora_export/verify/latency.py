@@ -1,7 +1,8 @@
 """Latency: time arms in interleaved rounds, and judge an overhead with its confidence interval. Knows no runtime.
 
 Every round times each arm once, in an order that changes from round to round, and ratios are taken round by round: a machine that
-changes its speed changes both sides.
+changes its speed changes both sides. An arm that is loaded again lies elsewhere in memory and may run faster or slower for good, so
+the arms are loaded several times, and an interval covers both: how rounds differ, and how loads differ.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ Samples = dict[str, dict[int, float]]  # arm -> round -> milliseconds
 class Call:
     """What is timed: `run`, given what `prepare` returns. The rest is not: `prepare` before it, and `settle` seconds of sleep after it.
 
-    A slow arm may take part in every n-th round only, and in the first of the warm-up.
+    A slow arm may take part in every n-th round only, and in no warm-up.
     """
 
     prepare: Callable[[], Any]
@@ -71,7 +72,7 @@ def interleaved(
             rng.shuffle(order)
             for arm in order:
                 call = calls[arm]
-                if round_ % call.every if round_ >= 0 else call.every > 1 and round_ > -warmup:
+                if call.every > 1 and (round_ < 0 or round_ % call.every):
                     continue
                 ready = call.prepare()
                 started = time.perf_counter()
@@ -90,27 +91,43 @@ def interleaved(
     return samples
 
 
-def summarise(samples: Samples) -> dict[str, Summary]:
-    """The statistics of each arm. An arm without a round in common with `base` has no ratio."""
+def joined(loads: Sequence[Samples]) -> Samples:
+    """The samples of several loads of the same arms, each of as many rounds, as if they were one."""
+    rounds = max(round_ for values in loads[0].values() for round_ in values) + 1
+    return {arm: {n * rounds + r: ms for n, load in enumerate(loads) for r, ms in load[arm].items()} for arm in loads[0]}
+
+
+def summarise(samples: Samples, loads: int = 1) -> dict[str, Summary]:
+    """The statistics of each arm, whose rounds were taken in so many loads. One without a round in common with `base` has no ratio."""
+    rounds = max(round_ for values in samples.values() for round_ in values) + 1
     summaries = {}
     for arm, values in samples.items():
         milliseconds = np.array(list(values.values()))
-        ratios = [ms / samples[BASE][round_] for round_, ms in values.items() if round_ in samples.get(BASE, {})]
+        ratios: list[list[float]] = [[] for _ in range(loads)]
+        for round_, ms in values.items():
+            if round_ in samples.get(BASE, {}):
+                ratios[round_ * loads // rounds].append(ms / samples[BASE][round_])
+        known = any(ratios)
         summaries[arm] = Summary(
             median_ms=float(np.median(milliseconds)),
             p90_ms=float(np.quantile(milliseconds, 0.9)),
             min_ms=float(milliseconds.min()),
             samples=len(milliseconds),
-            ratio_to_base=float(np.median(ratios)) if ratios else None,
-            ratio_interval=median_interval(ratios) if ratios else None,
+            ratio_to_base=float(np.median(np.concatenate(ratios))) if known else None,
+            ratio_interval=median_interval(ratios) if known else None,
         )
     return summaries
 
 
-def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median (Efron 1979). Of five values or fewer it is their whole range."""
+def median_interval(loads: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the median by a two-stage bootstrap: loads are drawn, and then rounds of each (Davison and Hinkley 1997, section 3.8).
+
+    All loads have as many values. Of one load with five or fewer it is their whole range.
+    """
+    values = np.array(loads)  # [loads, rounds]
     rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(values, size=(RESAMPLES, len(values))), axis=1)
+    drawn = rng.integers(0, len(values), (RESAMPLES, len(values), 1))
+    medians = np.median(values[drawn, rng.integers(0, values.shape[1], (RESAMPLES, *values.shape))], axis=(1, 2))
     low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

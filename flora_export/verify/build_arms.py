@@ -1,0 +1,82 @@
+"""Build the arms of the benchmark: the base model alone, other fuse levels and LoRA, for the target and precision of an artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from flora_export.artifact import DATA, Artifact, Manifest
+from flora_export.base_model import BaseModel
+from flora_export.branch import BLOCK_KINDS, Branch
+from flora_export.capture import capture
+from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, tensor_name
+from flora_export.ledger import write_model
+from flora_export.passes import fuse_adapter, run_passes
+from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
+from flora_export.verify.latency import BASE
+
+EAGER, FUSED, LORA, LORA_BUDGET = "eager", "fused", "lora", "lora-budget"
+FUSE_LEVELS = {"unfused": "none", "forward": "forward", "backward": "backward"}
+ARMS = (EAGER, BASE, *FUSE_LEVELS, FUSED, LORA, LORA_BUDGET)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An arm on disk; eager PyTorch has no artifact. `parameters` are the trainable numbers of its adapter."""
+
+    artifact: Artifact | None
+    parameters: int
+    lora_rank: int | None = None
+
+    @property
+    def bytes(self) -> int | None:
+        return (self.artifact.path / DATA).stat().st_size if self.artifact else None
+
+
+def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> Checkpoint:
+    """An adapter with the artifact's configuration and random numbers, read as any other: latency does not depend on the numbers."""
+    directory.mkdir()
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for block in manifest.blocks:
+        branch = Branch(block.block, BLOCK_KINDS[block.block.rpartition(".")[2]], block.activation, block.rank, block.scale)
+        for matrix in branch.matrices:
+            numbers = rng.standard_normal(branch.shape(matrix, base.width), np.float32)
+            tensors[tensor_name(branch, matrix)] = numbers * np.float32(0.02)
+    save_file(tensors, directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(manifest.checkpoint["config"]), encoding="utf-8")
+    return load_checkpoint(directory, base)
+
+
+def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint, directory: Path) -> Built:
+    """Build an arm of ARMS into a directory. `fused` is the artifact `out` itself.
+
+    LoRA has the rank that most of the adapter's branches have; within the budget, the rank that comes nearest to its parameters.
+
+    Raises:
+        FloraExportError: the base model cannot be captured, or has a block that LoRA or a fuse level cannot be put beside.
+    """
+    adapter = sum(int(np.prod(b.shape(m, base.width))) for b in checkpoint.branches for m in b.matrices)
+    if arm in (EAGER, FUSED):
+        return Built(out if arm == FUSED else None, adapter)
+    manifest = out.manifest
+    captured = capture(base, manifest.target, manifest.precision)
+    parameters, rank = 0, None
+    if arm in FUSE_LEVELS:
+        fuse_adapter(captured, base, checkpoint, FUSE_LEVELS[arm])
+        parameters = adapter
+    elif arm != BASE:
+        hosts = lora_hosts(captured.model, base, checkpoint.branches[0].block.rsplit(".", 2)[0])
+        same = statistics.mode(branch.rank for branch in checkpoint.branches)
+        rank = same if arm == LORA else max(1, round(adapter / lora_parameters(hosts, 1)))
+        parameters = lora_parameters(hosts, rank)
+        run_passes(captured.model, [AttachLora(hosts, rank)])
+    directory.mkdir()
+    write_model(captured.model, directory)
+    return Built(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[])), parameters, rank)
