@@ -132,7 +132,10 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
         if name not in initializers:
             report.faults += [f"{entry.tensor}: its initializer {name} is not in {MODEL}" for entry in entries]
             continue
-        _check_one(initializers[name], entries, report)
+        tensor = initializers[name]
+        _check_one(tensor, entries, report)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # unmap the file: else all of it would stand in memory at the end
     _check_coverage(artifact, report)
     if checkpoint is not None:
         _check_checkpoint(artifact, checkpoint, initializers, report)
@@ -250,7 +253,7 @@ def _base_values(entry: LedgerEntry, files: dict[str, Path], dtype: ir.DataType)
     arrays = []
     for name in names:
         with safe_open(files[name], framework="numpy") as file:
-            arrays.append(file.get_tensor(name).astype(dtype.numpy()))
+            arrays.append(file.get_tensor(name).astype(dtype.numpy(), copy=False))
     values: Array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0)
     values = values.T if match["transposed"] else values
     start, stop = (int(match[key]) if match[key] else None for key in ("start", "stop"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         fused = fuse_adapter(captured, base, checkpoint, options.fuse)
         with writing(output):
             manifest = backend.write(fused, directory, lambda done, of: progress("writing", done, of))
-        del captured, fused  # the weights: the eager model needs the room
+        del captured, fused  # the weights: what comes next needs the room
+        gc.collect()  # mobius's package refers to itself
         artifact = Artifact(directory, dataclasses.replace(manifest, verified=options.verify))
         report: Report | None = None
         if options.verify:
