@@ -109,11 +109,9 @@ def bench_page(result: dict[str, Any], name: str) -> str:
     """The report of a latency measurement, from the result of `bench`."""
     budget = result["budget"]
     kind = {"pass": "good", "fail": "bad", "inconclusive": "unsure"}.get(budget["verdict"] if budget else "", "unsure")
-    verdict = budget["message"] if budget else "No budget was set (--max-overhead)."
-    parts = [
-        f'<p class="muted">{_text(result["what"])}</p><div class="verdict {kind}"><h1>{_text(verdict)}</h1></div>',
-        _bench_plot(result),
-    ]
+    verdict, message = (budget["verdict"].upper(), budget["message"]) if budget else ("MEASURED", "No budget was set (--max-overhead).")
+    box = f'<div class="verdict {kind}"><h1>{_text(verdict)}</h1><p>{_text(message)}</p></div>'
+    parts = [f'<p class="muted">{_text(result["what"])}</p>{box}', _bench_plot(result)]
     rows = []
     for m in result["measurements"]:
         interval = f"{m['ratio_interval'][0]:.3f} – {m['ratio_interval'][1]:.3f}" if m["ratio_interval"] else "–"
