@@ -25,9 +25,9 @@ class Report:
 
     @property
     def causes(self) -> list[str]:
-        """Why it fails, deepest first: bytes, then numbers."""
-        causes = list(self.ledger.faults) + list(self.replay_faults or [])
-        return causes + (self.numerics.causes if self.numerics is not None else [])
+        """Why it fails: what the numbers say first, since one such cause can stand for many tensors, then the bytes."""
+        causes = list(self.numerics.causes) if self.numerics is not None else []
+        return causes + list(self.ledger.faults) + list(self.replay_faults or [])
 
     @property
     def verified(self) -> bool:
