@@ -41,6 +41,15 @@ class BaseModel:
     def layers(self) -> int:
         return int(self.config["num_hidden_layers"])
 
+    @property
+    def context(self) -> int:
+        """How many tokens the model takes; `load_base` has checked it, or filled it in."""
+        return int(self.config["max_position_embeddings"])
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config["vocab_size"])
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the configuration and of each weight file, by file name."""

@@ -106,7 +106,7 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
             stack.callback(eager.close)
         loads: dict[Series, list[Samples]] = defaultdict(list)
         for load in range(options.loads):
-            for series, samples in _measure_load(load, built, eager, options, threads, int(base.config["vocab_size"]), progress):
+            for series, samples in _measure_load(load, built, eager, options, threads, base.vocabulary, progress):
                 loads[series].append(samples)
             gc.collect()  # its sessions make room for the next
         sizes = {arm: size for arm in arms if (size := built[arm].bytes) is not None}
@@ -132,11 +132,10 @@ def _check(artifact: Artifact, base: BaseModel, options: BenchOptions) -> None:
             f"{base.path} is not the base model that {artifact.path} was built from: its SHA-256 is another. "
             "Pass that one with --base DIR, or build the artifact again."
         )
-    context = base.config.get("max_position_embeddings")
     longest = max(*options.prompt_tokens, options.prompt_tokens[0] + options.new_tokens - 1, max(options.past_tokens) + 1)
-    if isinstance(context, int) and longest > context:
+    if longest > base.context:
         raise FloraExportError(
-            f"{longest} tokens are asked for, but the base model's context has {context}: "
+            f"{longest} tokens are asked for, but the base model's context has {base.context}: "
             "lower --prompt-tokens, --past-tokens or --new-tokens"
         )
 

@@ -43,7 +43,7 @@ class Capture:
                     self.package,
                     str(directory),
                     ep=self.target,
-                    context_length=int(base.config.get("max_position_embeddings", 4096)),
+                    context_length=base.context,
                     local_config_dir=str(base.path),
                 )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -118,7 +118,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:
         if window and kinds[layer] == "sliding_attention":
             if node.op_type == "GroupQueryAttention":
                 node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
-            elif window < int(base.config.get("max_position_embeddings", 2**31)):
+            elif window < base.context:
                 raise CheckpointError(
                     f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which {node.op_type} cannot express. "
                     "Windows need GroupQueryAttention: --target cpu --precision fp32, or --target cuda with fp16 or bf16."

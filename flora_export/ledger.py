@@ -85,7 +85,7 @@ class _Hashing(ir.LazyTensor):
         self.digests = digests
         tensor = value.const_value
         assert tensor is not None
-        super().__init__(self._read, dtype=tensor.dtype, shape=ir.Shape(dims_of(value)), name=value.name)
+        super().__init__(self._read, dtype=tensor.dtype, shape=ir.Shape(self.dims), name=value.name)
 
     def _read(self) -> ir.Tensor[Any]:
         arrays = [np.ascontiguousarray(part.read()) for part in self.parts]

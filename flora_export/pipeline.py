@@ -130,11 +130,10 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     progress("loading eager PyTorch", 0, 1)
     truth = Reference(base, checkpoint.path)
     runners = _runner(artifact), _runner(artifact, adapter=False)
-    context = int(base.config.get("max_position_embeddings", 2048))
-    prompts, source = encode_prompts(artifact, int(base.config["vocab_size"]), context - STEPS, options.prompts)
+    prompts, source = encode_prompts(artifact, base.vocabulary, base.context - STEPS, options.prompts)
     expected = expect(truth, prompts, lambda done, of: progress("asking eager PyTorch", done, of))
     budget = sum(file.stat().st_size for file in base.weights) // 4
-    near_limit = expect_near_limit(truth, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
+    near_limit = expect_near_limit(truth, runners[0].cache_shapes(), base.context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
     if options.golden:
         with writing(artifact.path):
             write_golden(expected, artifact.path)
@@ -160,7 +159,7 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
 def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
     from flora_export.reference import Reference
 
-    prompts, _ = encode_prompts(artifact, int(base.config["vocab_size"]), int(base.config["max_position_embeddings"]))
+    prompts, _ = encode_prompts(artifact, base.vocabulary, base.context)
     return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
 
 

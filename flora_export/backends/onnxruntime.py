@@ -160,9 +160,13 @@ class Decoder:
             results = self.session.run_with_ort_values(self.outputs, values | self.cache)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on input_ids {ids.shape}: {error}") from error
-        self.results = named = dict(zip(self.outputs, results, strict=True))
-        self.cache = {name: named[name.replace("past_key_values.", "present.")] for name in self.cache_inputs}
-        return _as_float32(named["logits"])
+        self.results = dict(zip(self.outputs, results, strict=True))
+        self.cache = self.next_cache(self.results)
+        return self.result("logits")
+
+    def next_cache(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The KV cache that a run's outputs, by name, leave for the next one, by the name of its input."""
+        return {name: results[name.replace("past_key_values.", "present.")] for name in self.cache_inputs}
 
     def result(self, name: str) -> Logits:
         """Any output of the last call, as fp32."""
@@ -214,8 +218,7 @@ class Bound:
     def cache_after(self, binding: Any) -> dict[str, Any]:
         """The KV cache that a run has left, for the next. The binding lets go of the cache before it."""
         binding.clear_binding_inputs()
-        named = dict(zip(self.decoder.outputs, binding.get_outputs(), strict=True))
-        return {name: named[name.replace("past_key_values.", "present.")] for name in self.decoder.cache_inputs}
+        return self.decoder.next_cache(dict(zip(self.decoder.outputs, binding.get_outputs(), strict=True)))
 
 
 def _mask(lengths: npt.NDArray[np.int64], width: int, *, right: bool) -> npt.NDArray[np.int64]:
