@@ -235,7 +235,7 @@ def make_decoder(arm: str, work: Path, target: str, precision: str) -> Any:
     base = load_base(str(work / "model"))
     checkpoint = load_checkpoint(work / "adapter", base)
     level = ORT_LEVELS[arm]
-    manifest = write(fuse_adapter(capture(base, target, precision), base, checkpoint, level or "none"), out)
+    manifest = write(fuse_adapter(capture(base, target, precision), base, checkpoint, level or "none"), out, target)
     if level is None:  # the base model alone, under a manifest like theirs
         write_model(capture(base, target, precision).model, out)
         manifest = replace(manifest, blocks=[], ledger=[])

@@ -17,10 +17,12 @@ import onnx_ir as ir
 from flora_export.base_model import BaseModel
 from flora_export.errors import BackendError, CheckpointError
 
-# What each target's ONNX Runtime provider can run: precision -> mobius dtype. The CPU provider has no bfloat16 MatMul.
+# The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
+# Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul); `onnx-standard` holds operators of the standard alone.
 PRECISIONS: dict[str, dict[str, str]] = {
     "cpu": {"fp32": "f32", "fp16": "f16"},
     "cuda": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+    "onnx-standard": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
 }
 
 
@@ -29,12 +31,12 @@ class Capture:
     """The base model as a graph whose weights are read when they are needed, with mobius's package for its configuration."""
 
     model: ir.Model
-    target: str
+    form: str
     precision: str
     package: Any
 
-    def write_runtime_files(self, base: BaseModel, directory: Path) -> None:
-        """Write `genai_config.json` and the tokenizer's files into a directory."""
+    def write_runtime_files(self, base: BaseModel, directory: Path, provider: str) -> None:
+        """Write `genai_config.json`, for an execution provider of ONNX Runtime, and the tokenizer's files into a directory."""
         from mobius.integrations.ort_genai.auto_export import write_ort_genai_config
 
         try:
@@ -42,7 +44,7 @@ class Capture:
                 write_ort_genai_config(
                     self.package,
                     str(directory),
-                    ep=self.target,
+                    ep=provider,
                     context_length=base.context,
                     local_config_dir=str(base.path),
                 )
@@ -52,23 +54,23 @@ class Capture:
             ) from error
 
 
-def capture(base: BaseModel, target: str, precision: str) -> Capture:
-    """Capture a base model for an execution target.
+def capture(base: BaseModel, form: str, precision: str) -> Capture:
+    """Capture a base model in one of the forms of PRECISIONS.
 
     Raises:
-        BackendError: mobius is missing, or the target cannot run that precision.
+        BackendError: mobius is missing, or the form cannot have that precision.
         CheckpointError: mobius cannot capture this model; its own words are quoted.
     """
-    if precision not in PRECISIONS[target]:
+    if precision not in PRECISIONS[form]:
         raise BackendError(
-            f"precision {precision} does not run on target {target} in ONNX Runtime; it has {', '.join(PRECISIONS[target])}. "
+            f"precision {precision} does not run on target {form} in ONNX Runtime; it has {', '.join(PRECISIONS[form])}. "
             "For bf16 and fp16 on a GPU, use --target cuda."
         )
     try:
         with _quiet():
             import mobius
 
-            package = mobius.build(str(base.path), execution_provider=target, dtype=PRECISIONS[target][precision])
+            package = mobius.build(str(base.path), execution_provider=form, dtype=PRECISIONS[form][precision])
     except ImportError as error:
         raise BackendError(
             f"mobius, which captures the base model, cannot be imported ({error}): pip install 'flora-export[cpu]'"
@@ -85,9 +87,9 @@ def capture(base: BaseModel, target: str, precision: str) -> Capture:
         raise CheckpointError(
             f"base model {base.name}: {len(empty)} of its weights are missing, first {empty[0]}. Is its download complete?"
         )
-    _mend_attention(model, base, PRECISIONS[target][precision])
+    _mend_attention(model, base, PRECISIONS[form][precision])
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
-    return Capture(model, target, precision, package)
+    return Capture(model, form, precision, package)
 
 
 def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:

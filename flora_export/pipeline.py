@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_export.artifact import REPORT, Artifact, BlockRecord, LedgerEntry, open_artifact, seal, staged, writing
-from flora_export.backends import load_backend
+from flora_export.backends import capture_form, load_backend
 from flora_export.base_model import BaseModel, load_base
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, of)
 @dataclass(frozen=True)
 class BuildOptions:
     backend: str = "onnxruntime"
-    target: str = "cpu"
+    target: str | None = None  # None: the backend's own first
     precision: str = "fp32"
     fuse: str = "both"
     verify: bool = True
@@ -68,11 +68,12 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         base, checkpoint = load_sources(ckpt, base_name)
         backend = load_backend(options.backend)
         progress("capturing the base model", 0, 1)
-        captured = capture(base, options.target, options.precision)
+        target, form = capture_form(options.backend, options.target)
+        captured = capture(base, form, options.precision)
         progress("fusing", 0, 1)
         fused = fuse_adapter(captured, base, checkpoint, options.fuse)
         with writing(output):
-            manifest = backend.write(fused, directory, lambda done, of: progress("writing", done, of))
+            manifest = backend.write(fused, directory, target, lambda done, of: progress("writing", done, of))
         del captured, fused  # the weights: what comes next needs the room
         gc.collect()  # mobius's package refers to itself
         artifact = Artifact(directory, dataclasses.replace(manifest, verified=options.verify))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from flora_export.errors import BackendError
+from flora_export.errors import BackendError, FloraExportError
 
-# name -> module with `write(Fused, directory, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file and one line here.
+# name -> module with TARGETS, `write(Fused, directory, target, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file
+# and one line here.
 BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime"}
 
 # Promised by the command line, and not built yet.
@@ -24,3 +25,16 @@ def load_backend(name: str) -> ModuleType:
         raise BackendError(
             f"backend {name} needs a package that is not installed ({error}): pip install 'flora-export[cpu]' or [gpu]"
         ) from error
+
+
+def capture_form(backend: str, target: str | None) -> tuple[str, str]:
+    """(target, form of the capture for it). Without a target it is the backend's first.
+
+    Raises:
+        FloraExportError: the backend does not build for that target.
+    """
+    forms: dict[str, str] = load_backend(backend).TARGETS
+    chosen = target or next(iter(forms))
+    if chosen not in forms:
+        raise FloraExportError(f"backend {backend} does not build for {chosen}; it builds for {', '.join(forms)}")
+    return chosen, forms[chosen]

@@ -20,6 +20,7 @@ from flora_export.ledger import Progress, block_records, write_model
 from flora_export.passes import Fused, operator_counts
 from flora_export.weights import dims_of
 
+TARGETS = {"cpu": "cpu", "cuda": "cuda"}  # target -> form of the capture
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PACKAGES = ("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors")
 COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
@@ -27,19 +28,19 @@ COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
 Logits = npt.NDArray[np.float32]
 
 
-def write(fused: Fused, directory: Path, progress: Progress | None = None) -> Manifest:
+def write(fused: Fused, directory: Path, target: str, progress: Progress | None = None) -> Manifest:
     """Write the model and what runtimes need beside it into a directory. Returns the manifest, still without the files' hashes."""
     model, base, checkpoint = fused.model, fused.base, fused.checkpoint
     blocks = block_records(fused)
     ledger = write_model(model, directory, progress)
-    fused.capture.write_runtime_files(base, directory)
+    fused.capture.write_runtime_files(base, directory, target)
     for name in COPIED:
         if (base.path / name).is_file():
             shutil.copyfile(base.path / name, directory / name)
     grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
     return Manifest(
         backend="onnxruntime",
-        target=fused.capture.target,
+        target=target,
         precision=fused.capture.precision,
         fuse=fused.fuse,
         passes=list(fused.passes),

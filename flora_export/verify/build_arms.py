@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from flora_export.artifact import DATA, Artifact, Manifest
+from flora_export.backends import capture_form
 from flora_export.base_model import BaseModel
 from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.capture import capture
@@ -66,7 +67,7 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint, 
     if arm in (EAGER, FUSED):
         return Built(out if arm == FUSED else None, adapter)
     manifest = out.manifest
-    captured = capture(base, manifest.target, manifest.precision)
+    captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
     parameters, rank = 0, None
     if arm in FUSE_LEVELS:
         fuse_adapter(captured, base, checkpoint, FUSE_LEVELS[arm])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from flora_export.artifact import Artifact
-from flora_export.backends import load_backend
+from flora_export.backends import capture_form, load_backend
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.capture import capture
@@ -68,7 +68,7 @@ def localise(
 def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iterator[tuple[str, bool, Path, tuple[Branch, ...]]]:
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
-    captured = capture(base, manifest.target, manifest.precision)
+    captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
     branches = find_hosts(captured.model, checkpoint.branches, base.width)
     passes = passes_for(manifest.fuse, branches, checkpoint)
     for index in range(len(passes) + 1):

@@ -1,0 +1,25 @@
+"""The command line. Click, and nothing else: each command calls one function and prints what it returns.
+
+Exit codes: 0 done and verified; 1 verification failed; 2 wrong use or bad input; 3 a backend or tool is missing or failed.
+"""
+
+from __future__ import annotations
+
+import click
+
+from flora_export import __version__
+from flora_export.cli.bench import bench
+from flora_export.cli.build import build
+from flora_export.cli.explain import explain
+from flora_export.cli.generate import generate
+from flora_export.cli.verify import verify
+
+
+@click.group()
+@click.version_option(__version__)
+def main() -> None:
+    """From an FFBA checkpoint to a fused, verified inference artifact."""
+
+
+for command in (build, verify, explain, generate, bench):
+    main.add_command(command)

@@ -1,0 +1,3 @@
+from flora_export.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""build: from an adapter to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flora_export.backends import BACKENDS, PLANNED
+from flora_export.branch import FUSE_LEVELS
+from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
+
+
+@click.command()
+@click.argument("ckpt", type=DIRECTORY)
+@click.option("--backend", type=click.Choice([*BACKENDS, *PLANNED]), required=True, help="Runtime to build for.")
+@base_option
+@click.option("--output", type=DIRECTORY, required=True, help="Directory to make. Refused where it exists.")
+@click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Machine to build for. Without it, the first that the backend knows.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="How far adapter branches are fused.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
+)
+@vacuous_option
+@click.option("--force", is_flag=True, help="Replace an artifact that exists.")
+@json_option
+def build(
+    ckpt: Path,
+    backend: str,
+    base: str | None,
+    output: Path,
+    target: str | None,
+    precision: str,
+    fuse: str,
+    verify: bool,
+    allow_vacuous: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build an artifact from the adapter CKPT."""
+
+    def run() -> int:
+        from flora_export import pipeline
+
+        options = pipeline.BuildOptions(backend, target, precision, fuse, verify, allow_vacuous, force)
+        artifact, report = pipeline.build(ckpt, base, output, options, progress())
+        if as_json:
+            manifest = artifact.manifest
+            result = {"output": str(output), "verified": report.verified, "files": manifest.files}
+            result |= {key: getattr(manifest, key) for key in ("backend", "target", "precision", "fuse", "padding", "versions")}
+            print_json(result | {"report": report.to_dict()})
+        else:
+            click.echo(report.to_text())
+            click.echo(f"wrote {output}")
+        return 0
+
+    run_command(run, as_json)

@@ -1,0 +1,66 @@
+"""What all commands share: options, progress, JSON, and errors turned into messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flora_export.errors import FloraExportError
+
+DIRECTORY = click.Path(path_type=Path)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+base_option = click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the one that the adapter names.")
+vacuous_option = click.option(
+    "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
+)
+
+
+def run_command(command: Callable[[], int], as_json: bool) -> None:
+    """Run a command and turn its errors into messages and exit codes."""
+    try:
+        code = command()
+    except FloraExportError as error:
+        _fail(type(error).__name__, str(error), error.exit_code, as_json, getattr(error, "report", None))
+    except KeyboardInterrupt:
+        _fail("Interrupted", "interrupted; the output is as it was", 130, as_json)
+    except click.ClickException:
+        raise
+    except Exception as error:  # a fault of ours: show where, and do not let it pass for a failed verification
+        traceback.print_exc()
+        _fail("InternalError", f"{type(error).__name__}: {error}. This is a bug in flora-export.", 3, as_json)
+    else:
+        sys.exit(code)
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool, report: dict[str, Any] | None = None) -> None:
+    if as_json:
+        print_json({"verified": False, "error": kind, "message": message, "exit_code": code} | ({"report": report} if report else {}))
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    click.echo(json.dumps(content, indent=1))
+
+
+def progress() -> Callable[[str, int, int], None]:
+    """Says on stderr what is being done; counts in place where stderr is a terminal."""
+    last = ""
+
+    def show(what: str, done: int, of: int) -> None:
+        nonlocal last
+        if what != last:
+            click.echo(("\n" if last and sys.stderr.isatty() else "") + f"{what} ...", err=True, nl=not sys.stderr.isatty())
+            last = what
+        elif sys.stderr.isatty():
+            click.echo(f"\r{what} ... {done}/{of}", err=True, nl=done == of)
+            last = "" if done == of else what
+
+    return show

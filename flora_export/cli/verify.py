@@ -1,0 +1,53 @@
+"""verify: check an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
+
+
+@click.command()
+@click.argument("out", type=DIRECTORY)
+@click.option("--ckpt", type=DIRECTORY, help="Adapter to compare with. Without it, the recorded golden vectors are replayed.")
+@base_option
+@vacuous_option
+@click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
+@click.option("--localise", is_flag=True, help="Name the first stage, layer and tensor that diverges; done anyway where the numbers fail.")
+@click.option("--report", type=DIRECTORY, metavar="FILE", help="Write the report: a page where the name ends in .html, else JSON.")
+@click.option("--markdown", type=DIRECTORY, metavar="FILE", help="Write a short comment for a pull request.")
+@click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write test cases as JUnit XML.")
+@json_option
+def verify(
+    out: Path,
+    ckpt: Path | None,
+    base: str | None,
+    allow_vacuous: bool,
+    prompts: Path | None,
+    localise: bool,
+    report: Path | None,
+    markdown: Path | None,
+    junit: Path | None,
+    as_json: bool,
+) -> None:
+    """Verify the artifact OUT: its bytes, and its numbers against eager PyTorch."""
+
+    def run() -> int:
+        from flora_export import pipeline
+        from flora_export.artifact import open_artifact
+        from flora_export.verify.formats import write_reports
+
+        if base is not None and ckpt is None:
+            raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
+        options = pipeline.VerifyOptions(allow_vacuous, prompts, localise=localise)
+        found = pipeline.verify(out, ckpt, base, options, progress())
+        write_reports(found, open_artifact(out), report, markdown, junit)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            click.echo(found.to_text())
+        return 0 if found.verified else 1
+
+    run_command(run, as_json)
