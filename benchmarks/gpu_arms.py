@@ -252,7 +252,7 @@ def ort_step(decoder: Any, cell: Cell, device: str) -> Step:
     def bind(ids: np.ndarray[Any, Any], past: int, cache: dict[str, Any]) -> Any:
         batch, new = ids.shape
         feeds = {"input_ids": put(ids), "attention_mask": put(np.ones((batch, past + new), np.int64)), **cache}
-        if decoder.has_positions:
+        if "position_ids" in decoder.inputs:
             feeds["position_ids"] = put(np.tile(np.arange(past, past + new), (batch, 1)))
         binding = decoder.session.io_binding()
         for name, value in feeds.items():

@@ -23,6 +23,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+ENGINE = "model.engine"  # of a compiled backend
+LAYERS = "engine.json"  # what that engine is made of
 GOLDEN = "golden.safetensors"
 REPORT = "report.json"  # of the build's verification; the manifest holds no hash of it, so that builds stay byte-identical
 
@@ -76,6 +78,8 @@ class Manifest:
     precision: str
     fuse: str
     passes: list[str]
+    align: int  # ranks are padded with zeros to a multiple of it
+    cache_tokens: int  # places of a static KV cache; 0: the cache grows
     padding: str  # side on which ragged prompts are padded: "right" where the graph has GroupQueryAttention, else "left"
     verified: bool
     versions: dict[str, str]
@@ -86,6 +90,7 @@ class Manifest:
     operators: dict[str, dict[str, int]]  # "before" and "after": how many nodes of each operator
     blocks: list[BlockRecord]
     ledger: list[LedgerEntry]
+    engine: dict[str, Any] = field(default_factory=dict)  # of a compiled backend: how its engine was made, and what for
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
     schema_version: int = SCHEMA_VERSION
 
@@ -138,7 +143,12 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-_VALUES = {"backend": ("onnxruntime",), "target": ("cpu", "cuda"), "precision": ("fp32", "fp16", "bf16"), "padding": ("left", "right")}
+_VALUES = {
+    "backend": ("onnxruntime", "tensorrt"),
+    "target": ("cpu", "cuda"),
+    "precision": ("fp32", "fp16", "bf16"),
+    "padding": ("left", "right"),
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),

@@ -45,11 +45,17 @@ class Branch:
     scale: float
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    padding: int = 0  # zeros beside its rank in the graph, so that the widened projections have a width that the target likes
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """The letters of its matrices: forward adapters first, in the order of the host's neurons, then B."""
         return ("G", "A", "B") if self.activation == GATED else ("A", "B")
+
+    @property
+    def columns(self) -> int:
+        """How many columns of x A, and rows of B, it has in the graph."""
+        return self.rank + self.padding
 
     @property
     def forward_matrices(self) -> tuple[str, ...]:

@@ -18,12 +18,17 @@ from flora_export.base_model import BaseModel
 from flora_export.errors import BackendError, CheckpointError
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
-# Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul); `onnx-standard` holds operators of the standard alone.
+# Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). `onnx-standard` holds operators of the standard
+# alone, and `tensorrt` is the same, still to be lowered (passes/lower_attention.py).
 PRECISIONS: dict[str, dict[str, str]] = {
     "cpu": {"fp32": "f32", "fp16": "f16"},
     "cuda": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
     "onnx-standard": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+    "tensorrt": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
 }
+
+
+WINDOW = "flora_export.sliding_window"  # metadata of an Attention node: how many tokens it sees, its own included
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         with _quiet():
             import mobius
 
-            package = mobius.build(str(base.path), execution_provider=form, dtype=PRECISIONS[form][precision])
+            provider = "onnx-standard" if form == "tensorrt" else form
+            package = mobius.build(str(base.path), execution_provider=provider, dtype=PRECISIONS[form][precision])
     except ImportError as error:
         raise BackendError(
             f"mobius, which captures the base model, cannot be imported ({error}): pip install 'flora-export[cpu]'"
@@ -87,12 +93,12 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         raise CheckpointError(
             f"base model {base.name}: {len(empty)} of its weights are missing, first {empty[0]}. Is its download complete?"
         )
-    _mend_attention(model, base, PRECISIONS[form][precision])
+    _mend_attention(model, base, form, PRECISIONS[form][precision])
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, form, precision, package)
 
 
-def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:
+def _mend_attention(model: ir.Model, base: BaseModel, form: str, dtype: str) -> None:
     """State what mobius 0.1.0 leaves out: sliding windows (Gemma 2 and 3, Qwen 2), Gemma 3's attention scale and second rotary table.
 
     GroupQueryAttention takes a window of W as transformers does: a token sees itself and the W - 1 before it.
@@ -120,6 +126,8 @@ def _mend_attention(model: ir.Model, base: BaseModel, dtype: str) -> None:
         if window and kinds[layer] == "sliding_attention":
             if node.op_type == "GroupQueryAttention":
                 node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
+            elif form in ("onnx-standard", "tensorrt"):
+                node.metadata_props[WINDOW] = str(window)  # for LowerAttention, whose mask can express it
             elif window < base.context:
                 raise CheckpointError(
                     f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which {node.op_type} cannot express. "

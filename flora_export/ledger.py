@@ -23,7 +23,7 @@ from flora_export.artifact import DATA, MODEL, Artifact, BlockRecord, LedgerEntr
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint, tensor_name
 from flora_export.errors import ArtifactError
-from flora_export.passes import Fused
+from flora_export.passes import MERGES_SIBLINGS, Fused
 from flora_export.passes.attach import adapter_reader, weight_name
 from flora_export.weights import Array, dims_of, parts_of
 
@@ -112,6 +112,8 @@ def block_records(fused: Fused) -> list[BlockRecord]:
         else:
             fusion = "forward" if forward else "backward" if backward else "none"
         reason = "" if forward and backward else f"--fuse {fused.fuse}"
+        if backward and not forward and fused.fuse == "both":
+            reason = MERGES_SIBLINGS[fused.capture.form]
         records.append(BlockRecord(b.block, b.activation, b.rank, b.scale, fusion, reason, list(b.reads), list(b.writes)))
     return records
 
@@ -175,6 +177,8 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
             )
         expected = entry.stop
         report.checked += 1
+        if entry.origin == "zeros" and np.any(_slice(values, entry)):
+            report.faults.append(f"{tensor.name}: its padding, slice [{entry.start}, {entry.stop}), is not zero")
         if _sha256(_slice(values, entry)) != entry.sha256:
             report.faults.append(
                 f"{entry.tensor}: its bytes are not in {tensor.name}, axis {entry.axis}, slice [{entry.start}, {entry.stop})"

@@ -8,9 +8,10 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flora_export.artifact import REPORT, Artifact, BlockRecord, LedgerEntry, open_artifact, seal, staged, writing
-from flora_export.backends import capture_form, load_backend
+from flora_export.backends import capture_form, default_align, load_backend
 from flora_export.base_model import BaseModel, load_base
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
@@ -18,7 +19,7 @@ from flora_export.errors import ArtifactError, BackendError, CheckpointError, Ve
 from flora_export.ledger import LedgerReport, block_records, check_ledger, planned_entries
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, compare, expect, expect_near_limit, measure_floors
-from flora_export.verify.golden import replay, write_golden
+from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
 from flora_export.verify.localise import block_errors, localise
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
@@ -36,6 +37,9 @@ class BuildOptions:
     verify: bool = True
     allow_vacuous: bool = False
     force: bool = False
+    align: int | None = None  # None: the backend's own
+    cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
+    engine: Any = None  # options of a backend that compiles
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         target, form = capture_form(options.backend, options.target)
         captured = capture(base, form, options.precision)
         progress("fusing", 0, 1)
-        fused = fuse_adapter(captured, base, checkpoint, options.fuse)
+        align = default_align(options.backend, options.precision) if options.align is None else options.align
+        fused = fuse_adapter(captured, base, checkpoint, options.fuse, align=align, cache_tokens=options.cache_tokens)
         with writing(output):
-            manifest = backend.write(fused, directory, target, lambda done, of: progress("writing", done, of))
+            more = {} if options.engine is None else {"options": options.engine, "stage": lambda what: progress(what, 0, 1)}
+            manifest = backend.write(fused, directory, target, lambda done, of: progress("writing", done, of), **more)
         del captured, fused  # the weights: what comes next needs the room
         gc.collect()  # mobius's package refers to itself
         artifact = Artifact(directory, dataclasses.replace(manifest, verified=options.verify))
@@ -106,7 +112,9 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
         report = Report(check_ledger(artifact), environment=_environment())
         if not report.ledger.faults:
             progress("replaying golden vectors", 0, 1)
-            report.replay_faults = replay(artifact, _runner(artifact))
+            runner = _runner(artifact)
+            report.replay_faults = replay(artifact, runner)
+            report.environment = _environment(runner)
     else:
         base, checkpoint = load_sources(ckpt, base_name)
         progress("checking the ledger", 0, 1)
@@ -131,11 +139,15 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     progress("loading eager PyTorch", 0, 1)
     truth = Reference(base, checkpoint.path)
     runners = _runner(artifact), _runner(artifact, adapter=False)
-    prompts, source = encode_prompts(artifact, base.vocabulary, base.context - STEPS, options.prompts)
+    context = min(base.context, artifact.manifest.cache_tokens or base.context)
+    prompts, source = encode_prompts(artifact, base.vocabulary, context - STEPS - 1, options.prompts)
     expected = expect(truth, prompts, lambda done, of: progress("asking eager PyTorch", done, of))
     budget = sum(file.stat().st_size for file in base.weights) // 4
-    near_limit = expect_near_limit(truth, runners[0].cache_shapes(), base.context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
+    near_limit = expect_near_limit(truth, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
     if options.golden:
+        check = getattr(load_backend(artifact.manifest.backend), "check_golden", None)
+        if check is not None:
+            check(artifact, prompts[:PROMPT_COUNT], STEPS)
         with writing(artifact.path):
             write_golden(expected, artifact.path)
     hosts = {record.block: record for record in artifact.manifest.blocks}
@@ -154,7 +166,7 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
         progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)
-    return Report(LedgerReport(), numerics, blocks=blocks, environment=_environment())
+    return Report(LedgerReport(), numerics, blocks=blocks, environment=_environment(runners[0]))
 
 
 def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
@@ -169,8 +181,9 @@ def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
     return runner
 
 
-def _environment() -> dict[str, str]:
-    return {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+def _environment(runner: Runner | None = None) -> dict[str, str]:
+    ran = {} if runner is None else {"runtime": runner.runtime}
+    return ran | {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
 
 
 def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) -> Explained:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from flora_export.errors import FusionError
 
 Array = npt.NDArray[Any]
-Origin = Literal["adapter", "base", "zeros", "constant"]  # zeros fill a bias, constants are sizes and axes
+Origin = Literal["adapter", "base", "zeros", "constant"]  # zeros fill a bias or pad a width, constants are sizes and axes
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Stacked(ir.LazyTensor):
 
     def _stack(self) -> ir.Tensor[Any]:
         return ir.Tensor(np.concatenate([part.read() for part in self.parts], axis=self.axis), dtype=self.dtype, name=self.name)
+
+
+def zeros(dims: Sequence[int], axis: int, dtype: ir.DataType) -> Part:
+    """A part of nothing but zeros: for an adapter's place in a bias, and for padding."""
+
+    def read() -> Array:
+        return np.zeros(dims, dtype=dtype.numpy())
+
+    return Part("zeros", "zeros", dims[axis], 1.0, read)
 
 
 def dims_of(value: ir.Value) -> list[int]:

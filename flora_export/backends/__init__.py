@@ -9,10 +9,10 @@ from flora_export.errors import BackendError, FloraExportError
 
 # name -> module with TARGETS, `write(Fused, directory, target, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file
 # and one line here.
-BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime"}
+BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime", "tensorrt": "flora_export.backends.tensorrt"}
 
 # Promised by the command line, and not built yet.
-PLANNED = ("tensorrt", "triton", "hf")
+PLANNED = ("triton", "hf")
 
 
 def load_backend(name: str) -> ModuleType:
@@ -38,3 +38,9 @@ def capture_form(backend: str, target: str | None) -> tuple[str, str]:
     if chosen not in forms:
         raise FloraExportError(f"backend {backend} does not build for {chosen}; it builds for {', '.join(forms)}")
     return chosen, forms[chosen]
+
+
+def default_align(backend: str, precision: str) -> int:
+    """To what multiple a backend would have ranks padded: tensor cores want 16 bytes, other targets nothing."""
+    sizes: dict[str, int] = getattr(load_backend(backend), "ALIGN", {})
+    return sizes.get(precision, 1)

@@ -30,6 +30,11 @@ Logits = npt.NDArray[np.float32]
 
 def write(fused: Fused, directory: Path, target: str, progress: Progress | None = None) -> Manifest:
     """Write the model and what runtimes need beside it into a directory. Returns the manifest, still without the files' hashes."""
+    return write_graph(fused, directory, "onnxruntime", target, progress)
+
+
+def write_graph(fused: Fused, directory: Path, backend: str, target: str, progress: Progress | None = None) -> Manifest:
+    """The same, for any backend whose artifact holds the graph."""
     model, base, checkpoint = fused.model, fused.base, fused.checkpoint
     blocks = block_records(fused)
     ledger = write_model(model, directory, progress)
@@ -39,12 +44,14 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress | None 
             shutil.copyfile(base.path / name, directory / name)
     grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
     return Manifest(
-        backend="onnxruntime",
+        backend=backend,
         target=target,
         precision=fused.capture.precision,
         fuse=fused.fuse,
         passes=list(fused.passes),
-        padding="right" if grouped else "left",
+        align=fused.align,
+        cache_tokens=fused.cache_tokens,
+        padding="right" if grouped or fused.cache_tokens else "left",
         verified=False,
         versions=_versions(),
         base={"name": str(checkpoint.config.get("base_model_name_or_path") or base.config.get("model_type")), "files": base.digests},
@@ -85,19 +92,29 @@ class Decoder:
     padding on the left. The others take an exact mask and positions, and are padded on the left as usual.
     """
 
-    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, graph: bytes | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        adapter: bool = True,
+        threads: int = 0,
+        graph: bytes | None = None,
+        provider: str | None = None,
+    ) -> None:
         """Load the artifact; without its adapter, what each B would add is zeroed in memory, so that the base model is left.
 
         Args:
             threads: of one operator; 0 leaves it to ONNX Runtime.
             graph: run this graph instead of the artifact's, with the artifact's weights.
+            provider: execution provider of ONNX Runtime; without it, the one of the artifact's target.
 
         Raises:
             BackendError: ONNX Runtime refuses the model, or has no provider for its target.
         """
         self.artifact = artifact
         self.right = artifact.manifest.padding == "right"
-        provider = PROVIDERS[artifact.manifest.target]
+        self.places = artifact.manifest.cache_tokens
+        provider = provider or PROVIDERS[artifact.manifest.target]
         if provider not in ort.get_available_providers():
             raise BackendError(
                 f"the artifact is for {artifact.manifest.target}, but this ONNX Runtime has {', '.join(ort.get_available_providers())}: "
@@ -107,7 +124,7 @@ class Decoder:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
-        model = graph or (artifact.model if adapter else _without_adapter(artifact))
+        model = graph or (artifact.model if adapter else without_adapter(artifact))
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
         try:
             self.session = ort.InferenceSession(model, options, providers=[provider])
@@ -116,7 +133,8 @@ class Decoder:
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.cache_inputs = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
         self.cache: dict[str, Any] = {}
-        self.has_positions = any(i.name == "position_ids" for i in self.session.get_inputs())
+        self.inputs = {i.name for i in self.session.get_inputs()}
+        self.runtime = f"ONNX Runtime {ort.__version__}, {provider}"
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
@@ -150,13 +168,12 @@ class Decoder:
         for layer, pair in enumerate(cache):
             for kind, array in zip(("key", "value"), pair, strict=True):
                 name = f"past_key_values.{layer}.{kind}"
-                self.cache[name] = _in_dtype(array, self.cache_inputs[name].type)
+                room = max(0, self.places - past)
+                self.cache[name] = _in_dtype(np.pad(array, ((0, 0), (0, 0), (0, room), (0, 0))), self.cache_inputs[name].type)
 
     def _run(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Logits:
-        feeds = {"input_ids": ids, "attention_mask": self.mask}
-        if self.has_positions:
-            feeds["position_ids"] = positions
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+        feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
+        values = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in feeds.items() if n in self.inputs}
         try:
             results = self.session.run_with_ort_values(self.outputs, values | self.cache)
         except Exception as error:
@@ -174,9 +191,11 @@ class Decoder:
         return _as_float32(self.results[name])
 
     def _empty(self, value: Any, batch: int, device: str = "cpu") -> Any:
-        """A KV cache of no tokens: [batch, KV heads, 0, head size]."""
+        """A KV cache of no tokens: [batch, KV heads, 0, head size], or as many places as a static one has, all zero."""
         _, heads, _, size = value.shape
         element = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}[value.type]  # onnx.TensorProto's numbers
+        if self.places:
+            return _in_dtype(np.zeros((batch, heads, self.places, size), np.float32), value.type)
         return ort.OrtValue.ortvalue_from_shape_and_type([batch, heads, 0, size], element, device, 0)
 
 
@@ -190,10 +209,10 @@ class Bound:
     def feeds(self, ids: npt.NDArray[np.int64], past: int) -> dict[str, Any]:
         """All inputs but the cache, for ids [batch, tokens] after `past` tokens."""
         batch, tokens = ids.shape
-        feeds = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64)}
-        if self.decoder.has_positions:
-            feeds["position_ids"] = np.tile(np.arange(past, past + tokens), (batch, 1))
-        return {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v), self.device, 0) for name, v in feeds.items()}
+        positions = np.tile(np.arange(past, past + tokens), (batch, 1))
+        feeds = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64), "position_ids": positions}
+        known = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self.decoder.inputs}
+        return {name: ort.OrtValue.ortvalue_from_numpy(value, self.device, 0) for name, value in known.items()}
 
     def empty_cache(self, batch: int) -> dict[str, Any]:
         """A KV cache of no tokens, by the name of its input."""
@@ -243,7 +262,7 @@ def _as_float32(value: Any) -> Logits:
     return value.numpy().astype(np.float32)  # type: ignore[no-any-return]
 
 
-def _without_adapter(artifact: Artifact) -> bytes:
+def without_adapter(artifact: Artifact) -> bytes:
     """The graph with every B silenced: what a MatMul feeds to B's rows of its weight is multiplied by zero. Weights stay where they are.
 
     (Replacing the initializers in the session is not enough: a graph that ONNX Runtime casts to another precision keeps the file's.)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from flora_export.passes.fold_neurons import FoldNeurons
 from flora_export.passes.fuse_backward import FuseBackward
 from flora_export.passes.fuse_forward import FuseForward
 from flora_export.passes.hosts import find_hosts
+from flora_export.passes.lower_attention import LowerAttention
+
+# Forms whose compiler makes one GEMM of projections that read the same x: there, forward fusion would add a slice and bring nothing.
+MERGES_SIBLINGS = {"tensorrt": "forward fusion is TensorRT's own: it merges projections of the same input"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Fused:
     checkpoint: Checkpoint
     branches: tuple[Branch, ...]  # with their hosts
     fuse: str
+    align: int
+    cache_tokens: int
     passes: tuple[str, ...]
     operators_before: dict[str, int]
 
@@ -37,17 +44,27 @@ class Fused:
         return self.capture.model
 
 
-def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse: str) -> Fused:
+def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse: str, *, align: int = 1, cache_tokens: int = 0) -> Fused:
     """Attach the adapter to the captured graph and fuse it to a level, in place.
+
+    Args:
+        align: ranks are padded with zeros to a multiple of it.
+        cache_tokens: places of a static KV cache, where the form of the capture can have one; 0 for a cache that grows.
 
     Raises:
         FusionError: a branch cannot be attached or fused; the message names it.
     """
     before = operator_counts(capture.model)
-    branches = find_hosts(capture.model, checkpoint.branches, base.width)
-    passes = passes_for(fuse, branches, checkpoint)
+    branches = place_branches(capture.model, checkpoint, base, align)
+    passes = passes_for(fuse, branches, checkpoint, capture.form, cache_tokens)
     run_passes(capture.model, passes)
-    return Fused(capture, base, checkpoint, branches, fuse, tuple(type(pass_).__name__ for pass_ in passes), before)
+    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, tuple(type(pass_).__name__ for pass_ in passes), before)
+
+
+def place_branches(model: ir.Model, checkpoint: Checkpoint, base: BaseModel, align: int) -> tuple[Branch, ...]:
+    """The adapter's branches with their hosts in a graph, padded."""
+    padded = [dataclasses.replace(branch, padding=-branch.rank % align) for branch in checkpoint.branches]
+    return find_hosts(model, padded, base.width)
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:
@@ -55,16 +72,24 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in model.graph).items()))
 
 
-def passes_for(fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint) -> list[ir.passes.InPlacePass]:
-    """The passes of a fusion level, in order."""
-    order: list[ir.passes.InPlacePass] = [Attach(branches, checkpoint)]  # first: it makes what the others fuse
+def passes_for(
+    fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu", cache_tokens: int = 0
+) -> list[ir.passes.InPlacePass]:
+    """The passes of a fusion level, in order, for a form of the capture."""
+    order = lowering(form, cache_tokens)  # first: what follows then sees what the target sees
+    order.append(Attach(branches, checkpoint))  # before the others, which fuse what it makes
     if fuse == "both":
         order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
-    if fuse in ("forward", "both"):
+    if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):
         order.append(FuseForward(branches))
     if fuse in ("backward", "both"):
         order.append(FuseBackward(branches))
     return order
+
+
+def lowering(form: str, cache_tokens: int = 0) -> list[ir.passes.InPlacePass]:
+    """The passes that a form of the capture needs before it is what its name says, adapter or not."""
+    return [LowerAttention(cache_tokens)] if form == "tensorrt" else []
 
 
 def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> None:
@@ -73,15 +98,15 @@ def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> None
     Raises:
         FusionError: an assumption or a promise of a pass does not hold; the message names the block.
     """
-    before = _interface(model)
     for pass_ in passes:
+        before = _interface(model)
         try:
             pass_(model)
         except (ir.passes.PreconditionError, ir.passes.PostconditionError) as error:
             if isinstance(error.__cause__, FusionError):
                 raise error.__cause__ from error
             raise FusionError(f"{type(pass_).__name__}: {error.__cause__ or error}") from error
-        if _interface(model) != before:
+        if _interface(model) != before and not (isinstance(pass_, LowerAttention) and pass_.cache_tokens):
             raise FusionError(f"{type(pass_).__name__} changed the graph's inputs or outputs")
 
 

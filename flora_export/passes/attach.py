@@ -19,7 +19,7 @@ from flora_export.branch import GATED, Branch
 from flora_export.checkpoint import Checkpoint, tensor_name
 from flora_export.errors import FusionError
 from flora_export.passes.hosts import clone_chain, host_node, neurons
-from flora_export.weights import Array, Part, Stacked, parts_of
+from flora_export.weights import Array, Part, Stacked, parts_of, zeros
 
 
 class Attach(ir.passes.InPlacePass):
@@ -76,11 +76,13 @@ class Attach(ir.passes.InPlacePass):
         """source [..., in] @ weight [in, out]; adds the node and its weight, returns the product."""
         dtype = model.graph.initializers[branch.writes[0]].dtype
         assert dtype is not None
-        part = _part(self.checkpoint, branch, matrix, dtype)
+        parts = [_part(self.checkpoint, branch, matrix, dtype)]
         width = next(iter(model.graph.initializers[branch.reads[0]].shape or ()))
         axis, other = (0, width) if matrix == "B" else (1, width)  # the stacking axis is the one of size r
         assert isinstance(other, int)
-        tensor = Stacked(weight_name(branch, matrix), [part], axis, dtype, [other])
+        if branch.padding:  # φ(0) meets rows of zeros: nothing is added
+            parts.append(zeros([branch.padding, other] if axis == 0 else [other, branch.padding], axis, dtype))
+        tensor = Stacked(weight_name(branch, matrix), parts, axis, dtype, [other])
         weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
         model.graph.initializers.add(weight)
         node = _node("MatMul", [source, weight], f"{branch.block}.ffba_{matrix}")

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from flora_export.branch import GATED, Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
-from flora_export.passes.hosts import Neurons, Projection, host_node, neurons, own_part, same_function
-from flora_export.weights import Array, Part, add_sizes, dims_of, widen
+from flora_export.passes.hosts import Neurons, Projection, host_node, neurons, own_parts, same_function
+from flora_export.weights import Part, add_sizes, dims_of, widen, zeros
 
 
 class FoldNeurons(ir.passes.InPlacePass):
@@ -68,9 +67,9 @@ def _fold_one(model: ir.Model, branch: Branch) -> bool:
     down = host_node(model, branch.writes[0])
     (total,) = [node for node, _ in adapters["B"].outputs[0].uses()]
     total.outputs[0].replace_all_uses_with(down.outputs[0])
-    _widen_projections(model, branch, [(projection, own_part(node)) for projection, node in additions])
+    _widen_projections(model, branch, [(projection, part) for projection, node in additions for part in own_parts(node)])
     weight = model.graph.initializers[branch.writes[0]]
-    widen(weight, 0, [(dims_of(weight)[0], own_part(adapters["B"]))])
+    widen(weight, 0, [(dims_of(weight)[0], part) for part in own_parts(adapters["B"])])
     _forget_shapes(host)
     model.graph.remove([total, *adapters.values(), *between], safe=True)
     for matrix in branch.matrices:
@@ -90,20 +89,11 @@ def _widen_projections(model: ir.Model, branch: Branch, additions: Sequence[tupl
         own = [(p.offset + p.size, part) for p, part in additions if p.weight is projection.weight]
         widen(projection.weight, 1, own)
         if projection.bias is not None:
-            widen(projection.bias, 0, [(offset, _zeros(branch, projection.bias)) for offset, _ in own])
+            dtype = projection.bias.dtype
+            assert dtype is not None
+            widen(projection.bias, 0, [(offset, zeros([part.size], 0, dtype)) for offset, part in own])
         if projection.split is not None and len(projection.split.inputs) > 1:
             _widen_split(model, projection.split, branch)
-
-
-def _zeros(branch: Branch, bias: ir.Value) -> Part:
-    """The adapter has no bias: its neurons get zeros."""
-    assert bias.dtype is not None
-    dtype = bias.dtype.numpy()
-
-    def read() -> Array:
-        return np.zeros(branch.rank, dtype=dtype)
-
-    return Part("zeros", "zeros", branch.rank, 1.0, read)
 
 
 def _widen_split(model: ir.Model, split: ir.Node, branch: Branch) -> None:
@@ -111,7 +101,7 @@ def _widen_split(model: ir.Model, split: ir.Node, branch: Branch) -> None:
     old = split.inputs[1]
     if old is None or old.const_value is None:
         raise FusionError(f"{branch.block}: the Split {split.name} of its packed projection has computed sizes")
-    sizes = [int(size) + branch.rank for size in old.const_value.numpy()]
+    sizes = [int(size) + branch.columns for size in old.const_value.numpy()]
     split.replace_input_with(1, add_sizes(model, f"{branch.block}.ffba_split.sizes", sizes))
 
 

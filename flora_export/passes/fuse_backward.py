@@ -15,7 +15,7 @@ import onnx_ir as ir
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
-from flora_export.passes.hosts import host_node, own_part
+from flora_export.passes.hosts import host_node, own_parts
 from flora_export.weights import dims_of, widen
 
 
@@ -52,7 +52,7 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     z = adapter.inputs[0]
     assert h is not None and z is not None and weight is not None
     (total,) = [node for node, _ in adapter.outputs[0].uses()]  # the Add that Attach has made
-    widen(weight, 0, [(dims_of(weight)[0], own_part(adapter))])
+    widen(weight, 0, [(dims_of(weight)[0], part) for part in own_parts(adapter)])
 
     concat = ir.node("Concat", [h, z], attributes={"axis": -1}, name=f"{branch.block}.ffba_concat")
     concat.outputs[0].name = f"{branch.block}.ffba_concat.out"  # [batch, tokens, columns of h + r]

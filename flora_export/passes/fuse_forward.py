@@ -16,7 +16,7 @@ import onnx_ir as ir
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
-from flora_export.passes.hosts import host_node, own_part
+from flora_export.passes.hosts import host_node, own_parts
 from flora_export.weights import add_sizes, dims_of, widen
 
 
@@ -54,9 +54,9 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     if product.is_graph_output():
         raise FusionError(f"{branch.block}: {weight.name} makes the graph's output {product.name}, which cannot be widened")
     columns = dims_of(weight)[1]
-    widen(weight, 1, [(columns, own_part(node)) for node in adapters])
+    widen(weight, 1, [(columns, part) for node in adapters for part in own_parts(node)])
 
-    sizes = add_sizes(model, f"{branch.block}.ffba_split.sizes", [columns, *[branch.rank] * len(adapters)])
+    sizes = add_sizes(model, f"{branch.block}.ffba_split.sizes", [columns, *[branch.columns] * len(adapters)])
     split = ir.node("Split", [product, sizes], attributes={"axis": -1}, num_outputs=1 + len(adapters), name=f"{branch.block}.ffba_split")
     # [batch, tokens, columns + n r] -> [batch, tokens, columns], n times [batch, tokens, r]
     for output, old in zip(split.outputs, [product, *(node.outputs[0] for node in adapters)], strict=True):

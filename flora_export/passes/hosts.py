@@ -101,11 +101,11 @@ def host_node(model: ir.Model, weight_name: str) -> ir.Node:
     return users[0]
 
 
-def own_part(adapter: ir.Node) -> Part:
-    """The one part of an adapter projection's weight."""
+def own_parts(adapter: ir.Node) -> tuple[Part, ...]:
+    """The parts of an adapter projection's weight: its matrix, and the zeros that pad it."""
     weight = _weight(adapter)
     assert weight is not None
-    return parts_of(weight)[1][0]
+    return parts_of(weight)[1]
 
 
 def projections(model: ir.Model, branch: Branch) -> list[Projection]:

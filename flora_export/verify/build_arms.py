@@ -18,7 +18,7 @@ from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, tensor_name
 from flora_export.ledger import write_model
-from flora_export.passes import fuse_adapter, run_passes
+from flora_export.passes import fuse_adapter, lowering, run_passes
 from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
 from flora_export.verify.latency import BASE
 
@@ -69,8 +69,10 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint, 
     manifest = out.manifest
     captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
     parameters, rank = 0, None
+    if arm not in FUSE_LEVELS:
+        run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     if arm in FUSE_LEVELS:
-        fuse_adapter(captured, base, checkpoint, FUSE_LEVELS[arm])
+        fuse_adapter(captured, base, checkpoint, FUSE_LEVELS[arm], align=manifest.align, cache_tokens=manifest.cache_tokens)
         parameters = adapter
     elif arm != BASE:
         hosts = lora_hosts(captured.model, base, checkpoint.branches[0].block.rsplit(".", 2)[0])

@@ -30,7 +30,9 @@ class Truth(Protocol):
 
 
 class Runner(Protocol):
-    """An artifact in its runtime."""
+    """An artifact in its runtime, which `runtime` names."""
+
+    runtime: str
 
     def start(self, prompts: list[list[int]]) -> list[Logits]: ...
     def step(self, tokens: list[int]) -> Logits: ...

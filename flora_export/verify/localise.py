@@ -23,8 +23,7 @@ from flora_export.branch import Branch
 from flora_export.capture import capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.ledger import write_model
-from flora_export.passes import passes_for, run_passes
-from flora_export.passes.hosts import find_hosts
+from flora_export.passes import passes_for, place_branches, run_passes
 from flora_export.verify.numerics import TOLERANCES
 
 Array = npt.NDArray[np.float32]
@@ -69,8 +68,8 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
     captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
-    branches = find_hosts(captured.model, checkpoint.branches, base.width)
-    passes = passes_for(manifest.fuse, branches, checkpoint)
+    branches = place_branches(captured.model, checkpoint, base, manifest.align)
+    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, manifest.cache_tokens)
     for index in range(len(passes) + 1):
         if index:
             run_passes(captured.model, passes[index - 1 : index])

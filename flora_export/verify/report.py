@@ -62,6 +62,8 @@ class Report:
             lines.append("  golden vectors: replayed")
         if self.numerics is not None:
             lines += _table(self.numerics)
+        if "runtime" in self.environment:
+            lines.append(f"  run in {self.environment['runtime']}")
         return "\n".join(lines)
 
 

@@ -1,0 +1,174 @@
+"""What an engine is built for: profiles of shapes, compute capabilities, and the builder's settings. Plain facts, no TensorRT.
+
+A profile bounds three numbers, each as minimum, optimum, maximum: rows of the batch, tokens of one call, and tokens already in the
+cache. There are two: `prefill` (any tokens, an empty cache) and `decode` (one token, any cache).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flora_export.artifact import Artifact, Tensor
+from flora_export.errors import ArtifactError, FloraExportError
+
+DEFAULT_PROMPT = 2048  # tokens, or the model's context where that is shorter
+DEFAULT_TOTAL = 4096  # tokens of prompt and answer, likewise
+DEFAULT_BATCH = (1, 1, 8)
+FLAVOURS = ("auto", "tensorrt", "rtx")
+
+Range = tuple[int, int, int]  # minimum, optimum, maximum
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the user may say of an engine."""
+
+    flavour: str = "auto"
+    compute_capabilities: tuple[str, ...] = ()  # "8.9"; none: the GPU of this machine
+    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)  # prompt, batch, past
+    workspace_mib: int | None = None
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    refittable: bool = False
+    compare_base: bool = True  # build the base model's engine too, to count what the adapter adds
+    cache: bool = True  # keep engines between builds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Bounds of one optimization profile."""
+
+    name: str
+    batch: Range
+    tokens: Range
+    past: Range
+
+    def shape(self, tensor: Tensor, which: int) -> list[int]:
+        """The minimum (0), optimum (1) or maximum (2) shape of a graph input."""
+        batch, tokens, past = self.batch[which], self.tokens[which], self.past[which]
+        if tensor.name in ("input_ids", "position_ids"):
+            return [batch, tokens]
+        if tensor.name == "attention_mask":
+            return [batch, past + tokens]
+        _, heads, places, size = tensor.shape
+        return [batch, int(heads), places if isinstance(places, int) else past, int(size)]
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How an artifact's engine was built."""
+
+    flavour: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    workspace_mib: int | None
+    version_compatible: bool
+    refittable: bool
+
+
+def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
+    """`prompt=1:128:2048 batch=1:1:8` -> ranges by name; a single number stands for all three.
+
+    Raises:
+        FloraExportError: an unknown name, or numbers that are no range.
+    """
+    ranges: dict[str, Range] = {}
+    for word in " ".join(texts).split():
+        match = re.fullmatch(r"(prompt|batch|past)=(\d{1,9})(?::(\d{1,9}):(\d{1,9}))?", word)
+        if match is None:
+            raise FloraExportError(f"--profile {word}: expected prompt, batch or past = MIN:OPT:MAX, as in prompt=1:128:2048")
+        name, low, best, high = match.groups()
+        found = (int(low), int(best or low), int(high or low))
+        if not (0 if name == "past" else 1) <= found[0] <= found[1] <= found[2]:
+            raise FloraExportError(f"--profile {word}: expected MIN <= OPT <= MAX, and at least 1")
+        ranges[name] = found
+    return ranges
+
+
+def parse_capabilities(text: str | None) -> tuple[str, ...]:
+    """`8.6,8.9` -> ("8.6", "8.9"). Raises FloraExportError where one is no number of that form."""
+    words = tuple(word.strip() for word in text.split(",")) if text else ()
+    for word in words:
+        if not re.fullmatch(r"\d{1,2}\.\d", word):
+            raise FloraExportError(f"--compute-capability {word!r}: expected a number such as 8.9")
+    return words
+
+
+def profiles_for(ranges: Mapping[str, Range], context: int, cache_tokens: int) -> tuple[Profile, Profile]:
+    """The profiles of prefill and of decode.
+
+    Args:
+        context: tokens that the model takes.
+        cache_tokens: places of a static cache; 0 where it grows.
+
+    Raises:
+        FloraExportError: a range is beyond the context or the cache.
+    """
+    room = min(context, cache_tokens or context)
+    total = min(room, cache_tokens or DEFAULT_TOTAL)
+    prompt = ranges.get("prompt", (1, min(128, total), min(DEFAULT_PROMPT, total)))
+    past = ranges.get("past", (1, min(max(256, prompt[1]), total - 1), total - 1))
+    for name, most, limit in (("prompt", prompt[2], room), ("past", past[2], room - 1)):
+        if most > limit:
+            what = (
+                f"a static cache of {cache_tokens} places" if cache_tokens and cache_tokens < context else f"a context of {context} tokens"
+            )
+            raise FloraExportError(f"--profile {name} goes up to {most}, but {what} has room for {limit}")
+    batch = ranges.get("batch", DEFAULT_BATCH)
+    return Profile("prefill", batch, prompt, (0, 0, 0)), Profile("decode", batch, (1, 1, 1), past)
+
+
+def check_prompts(profiles: Sequence[Profile], prompts: Sequence[Sequence[int]], steps: int) -> None:
+    """Raise FloraExportError where an engine with these profiles could not run prompts one by one, with cached steps after each."""
+    prefill, decode = profiles
+    for prompt in prompts:
+        for profile, value, bounds in (
+            (prefill, len(prompt), prefill.tokens),
+            (decode, len(prompt), decode.past),
+            (decode, len(prompt) + steps - 1, decode.past),
+            (prefill, 1, prefill.batch),
+        ):
+            if not bounds[0] <= value <= bounds[2]:
+                what = {prefill.tokens: "prompt", decode.past: "past", prefill.batch: "batch"}[bounds]
+                raise FloraExportError(
+                    f"the {profile.name} profile takes {what} {bounds[0]} to {bounds[2]}, but a golden prompt of {len(prompt)} tokens with "
+                    f"{steps} steps, which every artifact must replay, needs {value}. Widen --profile {what}=MIN:OPT:MAX."
+                )
+
+
+def to_json(profiles: Sequence[Profile]) -> dict[str, Any]:
+    return {p.name: {"batch": list(p.batch), "tokens": list(p.tokens), "past": list(p.past)} for p in profiles}
+
+
+def engine_plan(artifact: Artifact) -> EnginePlan:
+    """What a manifest says of its engine. Raises ArtifactError where it does not."""
+
+    def bounds(values: Any) -> Range:
+        low, best, high = (int(value) for value in values)
+        return low, best, high
+
+    engine = artifact.manifest.engine
+    try:
+        profiles = tuple(
+            Profile(n, bounds(v["batch"]), bounds(v["tokens"]), bounds(v["past"]))
+            for n, v in sorted(engine["profiles"].items(), reverse=True)
+        )
+        if [profile.name for profile in profiles] != ["prefill", "decode"] or engine["flavour"] not in FLAVOURS[1:]:
+            raise ValueError(f"{engine['flavour']}: {', '.join(profile.name for profile in profiles)}")
+        workspace = engine["workspace_mib"]
+        return EnginePlan(
+            engine["flavour"],
+            str(engine["version"]),
+            tuple(str(capability) for capability in engine["compute_capabilities"]),
+            profiles,
+            None if workspace is None else int(workspace),
+            bool(engine["version_compatible"]),
+            bool(engine["refittable"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{artifact.path}: its manifest does not say how its engine was built ({error}). Build it again.") from error

@@ -1,0 +1,29 @@
+"""Make nodes before a given one, each named after the place it stands for. What a pass that writes operators is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Builder:
+    """Called with an operator, its inputs and a suffix of its name, it inserts a node and returns the node's output."""
+
+    def __init__(self, model: ir.Model, before: ir.Node, prefix: str) -> None:
+        self.model, self.before, self.prefix = model, before, prefix
+
+    def __call__(self, operator: str, inputs: Sequence[ir.Value], suffix: str, **attributes: int | float | str | list[int]) -> ir.Value:
+        node = ir.node(operator, inputs, attributes=attributes, name=f"{self.prefix}.{suffix}")
+        node.outputs[0].name = f"{self.prefix}.{suffix}.out"
+        self.model.graph.insert_before(self.before, node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: int | float | list[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        """An initializer by that name, made once for the graph."""
+        initializers = self.model.graph.initializers
+        if name not in initializers:
+            tensor = ir.Tensor(np.array(values, dtype.numpy()), dtype=dtype, name=name)
+            initializers.add(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor))
+        return initializers[name]
