@@ -38,6 +38,7 @@ class LedgerReport:
     adapter_tensors: int = 0
     base_tensors_equal: int = 0  # to the base model's own files, bit for bit
     base_tensors_derived: list[str] = field(default_factory=list)  # by the capture: no tensor of the base model has its name
+    bytes: dict[str, int] = field(default_factory=dict)  # of the slices, by their origin
     faults: list[str] = field(default_factory=list)
 
 
@@ -146,11 +147,16 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
     return report
 
 
-def _initializers(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
+def load_graph(artifact: Artifact) -> ir.Model:
+    """The graph of an artifact, its weights still in their file. Raises ArtifactError where it cannot be read."""
     try:
-        model = ir.load(artifact.model)
+        return ir.load(artifact.model)
     except Exception as error:  # a damaged protobuf can raise nearly anything
         raise ArtifactError(f"{artifact.model} cannot be read ({type(error).__name__}: {error}). Build the artifact again.") from error
+
+
+def _initializers(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
+    model = load_graph(artifact)
     found: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -177,6 +183,7 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
             )
         expected = entry.stop
         report.checked += 1
+        report.bytes[entry.origin] = report.bytes.get(entry.origin, 0) + _slice(values, entry).nbytes
         if entry.origin == "zeros" and np.any(_slice(values, entry)):
             report.faults.append(f"{tensor.name}: its padding, slice [{entry.start}, {entry.stop}), is not zero")
         if _sha256(_slice(values, entry)) != entry.sha256:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import REPORT, Artifact, BlockRecord, LedgerEntry, open_artifact, seal, staged, writing
+from flora_export.artifact import LAYERS, REPORT, Artifact, open_artifact, seal, staged, writing
 from flora_export.backends import capture_form, default_align, load_backend
-from flora_export.base_model import BaseModel, load_base
+from flora_export.base_model import BaseModel, load_base, read_json
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, VerificationError
-from flora_export.ledger import LedgerReport, block_records, check_ledger, planned_entries
+from flora_export.explain import Explanation
+from flora_export.ledger import LedgerReport, block_records, check_ledger, load_graph, planned_entries
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
@@ -24,7 +25,6 @@ from flora_export.verify.localise import block_errors, localise
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
-Explained = tuple[list[BlockRecord], dict[str, dict[str, int]], list[LedgerEntry], LedgerReport | None]
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -154,7 +154,10 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     branches = [dataclasses.replace(b, writes=tuple(hosts[b.block].writes)) for b in checkpoint.branches if b.block in hosts]
     blocks = block_errors(artifact, branches, truth.block_outputs(prompts[0], list(hosts), adapter=True), prompts[0])
     progress("measuring the noise floor", 0, 1)
-    measure_floors(truth.to_precision(artifact.manifest.precision), expected)
+    truth.to_precision(artifact.manifest.precision)
+    measure_floors(truth, expected)
+    if artifact.manifest.precision != "fp32":
+        measure_floors(truth, near_limit[:1], near_limit[1])
     del truth
     numerics = compare(
         expected,
@@ -186,7 +189,7 @@ def _environment(runner: Runner | None = None) -> dict[str, str]:
     return ran | {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
 
 
-def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) -> Explained:
+def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) -> Explanation:
     """The ledger of an artifact, checked; or, for a checkpoint, the plan: what a build for the CPU would do with each branch.
 
     Raises:
@@ -195,14 +198,26 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) ->
     if not (path / CONFIG).is_file():
         artifact = open_artifact(path)
         progress("checking the ledger", 0, 1)
-        manifest = artifact.manifest
-        return manifest.blocks, manifest.operators, manifest.ledger, check_ledger(artifact)
+        manifest, report = artifact.manifest, check_ledger(artifact)
+        gemms = read_json(path / LAYERS, "layers of the engine")["gemms"] if manifest.engine else []
+        return Explanation(manifest.blocks, manifest.operators, manifest.ledger, report, manifest.align, manifest.engine, gemms)
     base, checkpoint = load_sources(path, base_name)
     progress("capturing the base model", 0, 1)
     fused = fuse_adapter(capture(base, "cpu", "fp32"), base, checkpoint, fuse)
-    return (
-        block_records(fused),
-        {"before": fused.operators_before, "after": operator_counts(fused.model)},
-        planned_entries(fused.model),
-        None,
-    )
+    operators = {"before": fused.operators_before, "after": operator_counts(fused.model)}
+    return Explanation(block_records(fused), operators, planned_entries(fused.model))
+
+
+def lint_for_tensorrt(path: Path, base_name: str | None, fuse: str, progress: Progress) -> list[str]:
+    """What TensorRT would refuse, drop or get wrong in an artifact's graph, or in the one that it would be given of a checkpoint.
+
+    Raises:
+        FloraExportError: it is neither, or it cannot be read.
+    """
+    from flora_export.backends.tensorrt.lint import lint
+
+    if not (path / CONFIG).is_file():
+        return lint(load_graph(open_artifact(path)))
+    base, checkpoint = load_sources(path, base_name)
+    progress("capturing the base model", 0, 1)
+    return lint(fuse_adapter(capture(base, "tensorrt", "fp16"), base, checkpoint, fuse).model)

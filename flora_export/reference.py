@@ -49,9 +49,17 @@ class Reference:
     def to_precision(self, precision: str) -> Reference:
         """Turn this very model into the precision whose noise is to be known, and return it.
 
-        For fp32 that is fp64: the noise of fp32 is the difference between the two.
+        For fp32 that is fp64: the noise of fp32 is the difference between the two. Buffers that are not saved with a model (the rotary
+        frequencies) stay in fp32 where weights become shorter, as they do when transformers loads a model in that precision: frequencies
+        in fp16 would turn every far position by whole radians.
         """
+        kept = [
+            (module, name, module._buffers[name]) for module in self.model.modules() for name in sorted(module._non_persistent_buffers_set)
+        ]
         self.model.to(_NEIGHBOURS[precision])
+        if precision != "fp32":
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer
         return self
 
     @torch.no_grad()
@@ -63,7 +71,7 @@ class Reference:
         if cache is not None:
             past = transformers.DynamicCache()
             for layer, (keys, values) in enumerate(cache):
-                past.update(torch.from_numpy(keys), torch.from_numpy(values), layer)
+                past.update(*(torch.from_numpy(array).to(self.model.dtype) for array in (keys, values)), layer)
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
             output = self.model(input_ids=torch.tensor([list(tokens)]), past_key_values=past, use_cache=past is not None)
         result: npt.NDArray[np.float32] = output.logits[0].float().numpy()

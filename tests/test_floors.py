@@ -31,6 +31,7 @@ FLOORS = {
     "flora_export.generate": 8,
     "flora_export.pipeline": 8,
     "flora_export.bench": 8,
+    "flora_export.rebuild": 8,
     "flora_export.cli": 9,
 }
 

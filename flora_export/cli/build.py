@@ -9,6 +9,7 @@ import click
 from flora_export.backends import BACKENDS, PLANNED
 from flora_export.branch import FUSE_LEVELS
 from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
+from flora_export.cli.engine_options import engine_options, refuse_engine_options
 
 
 @click.command()
@@ -23,9 +24,13 @@ from flora_export.cli.common import DIRECTORY, base_option, json_option, print_j
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
 @vacuous_option
+@click.option("--align", type=click.IntRange(min=1), metavar="N", help="Pad ranks with zeros to a multiple of N; else as the target likes.")
+@engine_options
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @json_option
+@click.pass_context
 def build(
+    context: click.Context,
     ckpt: Path,
     backend: str,
     base: str | None,
@@ -35,6 +40,17 @@ def build(
     fuse: str,
     verify: bool,
     allow_vacuous: bool,
+    align: int | None,
+    trt_flavor: str,
+    compute_capability: str | None,
+    profile: tuple[str, ...],
+    kv_cache: str,
+    workspace: int | None,
+    timing_cache: str | None,
+    version_compatible: bool,
+    refittable: bool,
+    compare_base: bool,
+    engine_cache: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -43,7 +59,20 @@ def build(
     def run() -> int:
         from flora_export import pipeline
 
-        options = pipeline.BuildOptions(backend, target, precision, fuse, verify, allow_vacuous, force)
+        engine, cache_tokens = None, 0
+        if backend == "tensorrt":
+            from flora_export.backends.tensorrt import plan
+
+            cache_tokens = plan.parse_cache(kv_cache)
+            engine = plan.EngineOptions(
+                trt_flavor, plan.parse_capabilities(compute_capability), plan.parse_ranges(profile), workspace, timing_cache,
+                version_compatible, refittable, compare_base, engine_cache,
+            )  # fmt: skip
+        else:
+            refuse_engine_options(context, backend)
+        options = pipeline.BuildOptions(
+            backend, target, precision, fuse, verify, allow_vacuous, force, align=align, cache_tokens=cache_tokens, engine=engine
+        )
         artifact, report = pipeline.build(ckpt, base, output, options, progress())
         if as_json:
             manifest = artifact.manifest

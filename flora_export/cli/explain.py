@@ -14,19 +14,26 @@ from flora_export.cli.common import DIRECTORY, base_option, json_option, print_j
 @click.argument("ckpt_or_out", type=DIRECTORY)
 @base_option
 @click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="Of a checkpoint: the level to plan for.")
+@click.option("--lint", is_flag=True, help="Name what TensorRT would refuse, drop or get wrong in the graph, instead; exit code 1 if any.")
 @json_option
-def explain(ckpt_or_out: Path, base: str | None, fuse: str, as_json: bool) -> None:
+def explain(ckpt_or_out: Path, base: str | None, fuse: str, lint: bool, as_json: bool) -> None:
     """Show where each adapter tensor is: the ledger of an artifact, checked bit for bit, or the plan for a checkpoint."""
 
     def run() -> int:
         from flora_export import pipeline
-        from flora_export.explain import ledger_dict, ledger_text
 
-        blocks, operators, entries, report = pipeline.explain(ckpt_or_out, base, fuse, progress())
+        if lint:
+            found = pipeline.lint_for_tensorrt(ckpt_or_out, base, fuse, progress())
+            if as_json:
+                print_json({"ok": not found, "lint": found})
+            else:
+                click.echo("\n".join(found) or "TensorRT takes this graph: nothing in it is refused, dropped or read another way")
+            return 1 if found else 0
+        explained = pipeline.explain(ckpt_or_out, base, fuse, progress())
         if as_json:
-            print_json(ledger_dict(blocks, operators, entries, report))
+            print_json(explained.to_dict())
         else:
-            click.echo(ledger_text(blocks, operators, report))
-        return 1 if report is not None and report.faults else 0
+            click.echo(explained.to_text())
+        return 1 if explained.faults else 0
 
     run_command(run, as_json)

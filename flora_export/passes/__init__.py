@@ -22,7 +22,7 @@ from flora_export.passes.hosts import find_hosts
 from flora_export.passes.lower_attention import LowerAttention
 
 # Forms whose compiler makes one GEMM of projections that read the same x: there, forward fusion would add a slice and bring nothing.
-MERGES_SIBLINGS = {"tensorrt": "forward fusion is TensorRT's own: it merges projections of the same input"}
+MERGES_SIBLINGS = {"tensorrt": "A: TensorRT itself merges it into its hosts"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flora_export.branch import Branch
 from flora_export.capture import capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.ledger import write_model
-from flora_export.passes import passes_for, place_branches, run_passes
+from flora_export.passes import lowering, passes_for, place_branches, run_passes
 from flora_export.verify.numerics import TOLERANCES
 
 Array = npt.NDArray[np.float32]
@@ -70,6 +70,9 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
     branches = place_branches(captured.model, checkpoint, base, manifest.align)
     passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, manifest.cache_tokens)
+    first = len(lowering(captured.form))  # what makes the base graph what the target takes; the adapter comes after it
+    run_passes(captured.model, passes[:first])
+    passes = passes[first:]
     for index in range(len(passes) + 1):
         if index:
             run_passes(captured.model, passes[index - 1 : index])

@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed: a multiple of the noise floor, and never more than a ceiling.
+    """What is allowed: a multiple of the noise floor, and never more than a ceiling; or twice the floor, where eager itself comes near it.
 
     `logits` is the ceiling of the largest error, relative to the largest logit or to 1; `effect` that of the relative error of the
     adapter's effect, ||Δ - Δ'|| / ||Δ||. `epsilon` is the precision's rounding unit; a floor below 4 of it, of the largest logit, is
@@ -97,7 +97,7 @@ class Numerics:
         if case.floor_logits is None:
             return self.tolerance.logits * largest
         floor = max(case.floor_logits, 4 * self.tolerance.epsilon * largest)
-        return min(self.tolerance.logits * largest, self.tolerance.multiple * floor)
+        return min(max(self.tolerance.logits * largest, 2 * floor), self.tolerance.multiple * floor)
 
     def tie(self, case: Case) -> float:
         """Two tokens this close are a tie: 4 noise floors, since each of the two logits is off by one or two."""
@@ -108,7 +108,7 @@ class Numerics:
         if case.floor_effect is None:
             return self.tolerance.effect
         floor = max(case.floor_effect, 4 * self.tolerance.epsilon * max(1.0, case.largest_logit) / max(case.largest_effect, 1e-30))
-        return min(self.tolerance.effect, self.tolerance.multiple * floor)
+        return min(max(self.tolerance.effect, 2 * floor), self.tolerance.multiple * floor)
 
 
 def measure(expected: Expected, got: Logits, got_base: Logits, name: str, batch: int, past: int = 0) -> Case:
@@ -179,7 +179,9 @@ def judge(result: Numerics, *, allow_vacuous: bool) -> list[str]:
             f"wrong base: without the adapter, logits are off by {worst.base_error:.3g} in {worst.name} "
             f"(allowed {result.allowed_logits(worst):.3g}). The captured base model itself is wrong, or its weights are damaged."
         ]
-    strongest = max(result.cases, key=lambda case: case.largest_effect)
+    ceiling = result.tolerance.effect
+    visible = [case for case in result.cases if (case.floor_effect or 0.0) <= ceiling]
+    strongest = max(visible or result.cases, key=lambda case: case.largest_effect)
     if strongest.largest_effect <= result.allowed_logits(strongest):
         if allow_vacuous:
             return _judge_logits(result)
@@ -187,9 +189,7 @@ def judge(result: Numerics, *, allow_vacuous: bool) -> list[str]:
             f"vacuous: the adapter's own effect on the logits ({strongest.largest_effect:.3g}) is within the tolerance, "
             "so nothing is proved. Is it trained? Pass --allow-vacuous to accept it."
         ]
-    ceiling = result.tolerance.effect
-    visible = [case for case in result.cases if (case.floor_effect or 0.0) <= ceiling]
-    if strongest not in visible:
+    if not visible:
         cause = (
             f"vacuous in {result.precision}: eager itself is off by {strongest.floor_effect:.1%} of the adapter's effect in it, "
             f"more than the {ceiling:.1%} that are allowed, so nothing is proved. Build with --precision fp32, or pass --allow-vacuous."

@@ -90,8 +90,16 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
     return ranges
 
 
+def parse_cache(text: str) -> int:
+    """`growing` -> 0, `static:N` -> N places. Raises FloraExportError for anything else."""
+    match = re.fullmatch(r"growing|static:(\d{2,7})", text)
+    if match is None:
+        raise FloraExportError(f"--kv-cache {text!r}: expected growing, or static:N with N the number of tokens that the cache holds")
+    return int(match.group(1) or 0)
+
+
 def parse_capabilities(text: str | None) -> tuple[str, ...]:
-    """`8.6,8.9` -> ("8.6", "8.9"). Raises FloraExportError where one is no number of that form."""
+    """`8.6,8.9` -> ("8.6", "8.9"); none where there is no text. Raises FloraExportError where one is no number of that form."""
     words = tuple(word.strip() for word in text.split(",")) if text else ()
     for word in words:
         if not re.fullmatch(r"\d{1,2}\.\d", word):
@@ -154,10 +162,8 @@ def engine_plan(artifact: Artifact) -> EnginePlan:
 
     engine = artifact.manifest.engine
     try:
-        profiles = tuple(
-            Profile(n, bounds(v["batch"]), bounds(v["tokens"]), bounds(v["past"]))
-            for n, v in sorted(engine["profiles"].items(), reverse=True)
-        )
+        known = sorted(engine["profiles"].items(), reverse=True)  # JSON has no order of its own: prefill, decode
+        profiles = tuple(Profile(name, *(bounds(v[key]) for key in ("batch", "tokens", "past"))) for name, v in known)
         if [profile.name for profile in profiles] != ["prefill", "decode"] or engine["flavour"] not in FLAVOURS[1:]:
             raise ValueError(f"{engine['flavour']}: {', '.join(profile.name for profile in profiles)}")
         workspace = engine["workspace_mib"]

@@ -44,7 +44,8 @@ def check_runnable(artifact: Artifact, plan: EnginePlan, here: str | None) -> Fl
         raise BackendError(f"{artifact.path}: an engine needs an NVIDIA GPU, and PyTorch sees none on this machine")
     if here not in plan.compute_capabilities:
         raise BackendError(
-            f"{artifact.path}: its engine is for compute capability {', '.join(plan.compute_capabilities)}, but this GPU has {here}. {remedy}"
+            f"{artifact.path}: its engine is for compute capability {', '.join(plan.compute_capabilities)}, but this GPU has {here}. "
+            f"{remedy}"
         )
     known = artifact.manifest.files.get(ENGINE, {}).get("bytes")
     file = artifact.path / ENGINE
@@ -75,7 +76,7 @@ class EngineDecoder:
                 f"{flavour.title} refuses {artifact.path / ENGINE}: {' '.join(log.errors) or 'no reason given'}. "
                 f"Make it again: flora-export rebuild {artifact.path}"
             )
-        self.stream: Any = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.stream: Any = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.contexts = [self.engine.create_execution_context() for _ in plan.profiles]
         for index, context in enumerate(self.contexts):
             context.set_optimization_profile_async(index, self._handle())

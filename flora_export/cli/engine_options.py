@@ -1,0 +1,59 @@
+"""Options of backends that compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+flavour_option = click.option(
+    "--trt-flavor",
+    type=click.Choice(["auto", "tensorrt", "rtx"]),
+    default="auto",
+    show_default=True,
+    help="Full TensorRT, or TensorRT-RTX; auto takes the first that is installed.",
+)
+capability_option = click.option(
+    "--compute-capability", metavar="N.N,...", help="GPUs to build for, such as 8.6,8.9. Without it, this machine's."
+)
+engine_cache_option = click.option(
+    "--engine-cache/--no-engine-cache", default=True, show_default=True, help="Take an engine from an equal build before."
+)
+
+_OPTIONS = (
+    flavour_option,
+    capability_option,
+    click.option(
+        "--profile",
+        multiple=True,
+        metavar="NAME=MIN:OPT:MAX",
+        help="Shapes of the engine: prompt, past and batch, as in 'prompt=1:128:2048 batch=1:1:8'.",
+    ),
+    click.option("--kv-cache", default="growing", show_default=True, metavar="growing|static:N", help="A static cache has N places."),
+    click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Scratch memory that a kernel may take, in MiB."),
+    click.option("--timing-cache", type=click.Path(dir_okay=False), help="File of kernel timings to use and add to."),
+    click.option("--version-compatible", is_flag=True, help="An engine that later versions of TensorRT load."),
+    click.option("--refittable", is_flag=True, help="An engine whose weights can be exchanged; needs a GPU."),
+    click.option("--compare-base/--no-compare-base", default=True, show_default=True, help="Build the base model's engine as well."),
+    engine_cache_option,
+)
+NAMES = {
+    "trt_flavor", "compute_capability", "profile", "kv_cache", "workspace", "timing_cache", "version_compatible", "refittable",
+    "compare_base", "engine_cache",
+}  # fmt: skip
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """All options of an engine, for a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def refuse_engine_options(context: click.Context, backend: str) -> None:
+    """Raise UsageError where an option of an engine was given to a backend that has none."""
+    given = click.core.ParameterSource.DEFAULT
+    for parameter in context.command.params:
+        if parameter.name in NAMES and context.get_parameter_source(parameter.name) != given:
+            raise click.UsageError(f"{parameter.opts[0]} is for --backend tensorrt, but --backend is {backend}.")
