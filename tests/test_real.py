@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
-from flora_export.artifact import open_artifact
+from flora_export.artifact import GOLDEN, open_artifact
 from flora_export.cli import main
 from flora_export.generate import generate
 from flora_export.verify.prompts import load_tokenizer
 from tests.conftest import ADAPTER
+from tests.cpp import decode
 
 sys.path.insert(0, str(ADAPTER.parent))
 from problems import problems, result_of
@@ -63,8 +65,6 @@ def test_two_builds_are_byte_identical(built: tuple[Path, int]) -> None:
 
 
 def test_explain_lists_every_adapter_tensor(built: tuple[Path, int]) -> None:
-    from safetensors.numpy import load_file
-
     result = CliRunner().invoke(main, ["explain", str(built[0]), "--json"])
     assert result.exit_code == 0
     content = json.loads(result.stdout)
@@ -102,6 +102,19 @@ def test_generate_streams_text(built: tuple[Path, int]) -> None:
     too_long = CliRunner().invoke(main, ["generate", str(built[0]), "word " * 9000])
     assert too_long.exit_code == 2
     assert "context of 8192" in too_long.stderr
+
+
+def test_cpp_decodes_what_eager_did(built: tuple[Path, int], flora_decode: Path) -> None:
+    """The recorded tokens are eager PyTorch's."""
+    recorded = load_file(built[0] / GOLDEN)
+    ran = decode(flora_decode, built[0], "--threads", 2)
+    assert ran.code == 0, ran.messages
+    assert ran.tokens == [recorded[f"prompt.{i}.tokens"].tolist() for i in range(2)]
+    tokenizer = load_tokenizer(built[0])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    (answer,) = decode(flora_decode, built[0], "--tokens", 64, prompts=[prompt]).tokens
+    assert tokenizer.decode(answer) == "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18"
 
 
 def test_onnxruntime_genai_runs_the_directory_unchanged(built: tuple[Path, int]) -> None:
