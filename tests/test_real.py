@@ -132,4 +132,18 @@ def test_onnxruntime_genai_runs_the_directory_unchanged(built: tuple[Path, int])
     while not generator.is_done():
         generator.generate_next_token()
     answer = tokenizer.decode(generator.get_sequence(0)[len(prompt) :], skip_special_tokens=True)
-    assert answer == generate(open_artifact(built[0]), [QUESTION], max_new_tokens=60)[0].text
+    assert answer == generate(open_artifact(built[0]), [QUESTION], max_new_tokens=60, runtime="decoder")[0].text
+
+
+def test_generate_is_onnxruntime_genai_and_says_what_eager_does(built: tuple[Path, int]) -> None:
+    """Eager's tokens are the recorded ones. Without the adapter the question is answered in another way."""
+    pytest.importorskip("onnxruntime_genai", reason="extra genai is not installed")
+    artifact, recorded, tokenizer = open_artifact(built[0]), load_file(built[0] / GOLDEN), load_tokenizer(built[0])
+    prompts, pieces = [tokenizer.decode(recorded[f"prompt.{i}.input_ids"]) for i in range(2)], []
+    answers = generate(artifact, prompts, max_new_tokens=16, chat=False, on_text=pieces.append)
+    assert [a.runtime for a in answers] == ["genai", "genai"]
+    assert [a.text for a in answers] == [tokenizer.decode(recorded[f"prompt.{i}.tokens"], skip_special_tokens=True) for i in range(2)]
+    assert len([piece for piece in pieces if piece]) > 8
+    (adapted,), (bare,) = (generate(artifact, [QUESTION], max_new_tokens=24, adapter=adapter) for adapter in (True, False))
+    assert (adapted.runtime, bare.runtime) == ("genai", "decoder")
+    assert adapted.text == "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18" != bare.text
