@@ -166,7 +166,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "schema version": (manifest(schema_version=2), 2, "schema version 2, but this program reads 1"),
     "no files": (manifest(files={}), 2, "not what flora-export writes"),
     "a path": (another_file, 2, "names '../x', which leaves the directory"),
-    "target": (manifest(target="cuda"), 3, "is for onnxruntime on cuda"),
+    "target": (manifest(target="cuda"), 3, 'is for "onnxruntime" on "cuda"'),
     "an older runtime": (newer_runtime, 3, "built with ONNX Runtime 99.0.0"),
     "no graph": (forged(lambda out: (out / MODEL).write_bytes(b"x" * 1000)), 3, "model.onnx"),
     "an empty file": (forged(lambda out: (out / GOLDEN).write_bytes(b"")), 2, "too short"),

@@ -59,25 +59,13 @@ void check_file(const fs::path& directory, const std::string& name, const json& 
   }
 }
 
-// "1.31.1" -> (1, 31): ONNX Runtime adds operators and mends kernels in minor versions.
+// "1.31.1" -> (1, 31).
 std::pair<int, int> minor_version(const std::string& text) {
   std::istringstream stream(text);
   int major = 0, minor = 0;
   char dot = 0;
   if (!(stream >> major >> dot >> minor) || dot != '.') throw Error(Exit::input, "'" + text + "' is no version of ONNX Runtime");
   return {major, minor};
-}
-
-void check_runnable(const json& manifest, const std::string& runtime) {
-  const std::string backend = manifest.at("backend"), target = manifest.at("target");
-  if (backend != "onnxruntime" || target != "cpu") {
-    throw Error(Exit::runtime, "the artifact is for " + backend + " on " + target + "; this program runs onnxruntime on cpu");
-  }
-  const std::string built_with = manifest.at("versions").at("onnxruntime");
-  if (minor_version(runtime) < minor_version(built_with)) {
-    throw Error(Exit::runtime, "the artifact was built with ONNX Runtime " + built_with + ", but " + runtime +
-                                   " is running: use that version or a newer one");
-  }
 }
 
 // The tokens that end an answer: of generation_config.json, or else of config.json. One number, a list of them, or none.
@@ -92,14 +80,17 @@ std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& conf
 
 }  // namespace
 
-Artifact open_artifact(const fs::path& directory, const std::string& runtime) {
+Artifact open_artifact(const fs::path& directory, const std::string& backend, const std::string& target) {
   const json manifest = read_json(directory / "manifest.json");
   try {
     if (const json version = manifest.at("schema_version"); version != schema_version) {
       throw Error(Exit::input, "manifest.json has schema version " + version.dump() + ", but this program reads " +
                                    std::to_string(schema_version) + ". Build the artifact again.");
     }
-    check_runnable(manifest, runtime);
+    if (manifest.at("backend") != backend || manifest.at("target") != target) {
+      throw Error(Exit::runtime, "the artifact is for " + manifest.at("backend").dump() + " on " + manifest.at("target").dump() +
+                                     "; this program runs " + backend + " on " + target);
+    }
     for (const char* name : {"model.onnx", "model.onnx.data", "config.json"}) static_cast<void>(manifest.at("files").at(name));  // no less
     for (const auto& [name, known] : manifest.at("files").items()) check_file(directory, name, known);
 
@@ -107,6 +98,7 @@ Artifact open_artifact(const fs::path& directory, const std::string& runtime) {
     Artifact artifact{};
     artifact.directory = directory;
     artifact.precision = manifest.at("precision");
+    artifact.onnxruntime = manifest.at("versions").at("onnxruntime");
     artifact.grouped_attention = manifest.at("padding") == "right";  // these graphs count a row's tokens from the left
     for (const json& output : manifest.at("outputs")) {
       if (output.at("name") == "logits") artifact.vocabulary = output.at("shape").at(2);
@@ -117,5 +109,12 @@ Artifact open_artifact(const fs::path& directory, const std::string& runtime) {
   } catch (const json::exception& error) {
     throw Error(Exit::input, (directory / "manifest.json").string() + " or a configuration is not what flora-export writes (" +
                                  error.what() + "). Build the artifact again.");
+  }
+}
+
+void check_runtime(const Artifact& artifact, const std::string& running) {
+  if (minor_version(running) < minor_version(artifact.onnxruntime)) {
+    throw Error(Exit::runtime, "the artifact was built with ONNX Runtime " + artifact.onnxruntime + ", but " + running +
+                                   " is running: use that version or a newer one");
   }
 }

@@ -71,7 +71,8 @@ void run(const Options& options) {
   if (OrtGetApiBase()->GetApi(ORT_API_VERSION) == nullptr) {
     throw Error(Exit::runtime, std::string("the headers are newer than the library, ONNX Runtime ") + OrtGetApiBase()->GetVersionString());
   }
-  const Artifact artifact = open_artifact(options.out, OrtGetApiBase()->GetVersionString());
+  const Artifact artifact = open_artifact(options.out, "onnxruntime", "cpu");
+  check_runtime(artifact, OrtGetApiBase()->GetVersionString());
   Decoder decoder(artifact, options.threads);
 
   std::vector<std::vector<std::int64_t>> prompts = options.prompts;
