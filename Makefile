@@ -7,7 +7,7 @@ BASE := models/smollm2
 ADAPTER := examples/01_train_ffba/adapter
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo test lint types bench readme-tables train clean
+.PHONY: demo test lint types bench readme-tables train cpp-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -22,7 +22,7 @@ demo: $(BASE)
 	@echo; echo "-- with the adapter:"
 	@$(BIN)/flora-export generate out/demo "$(QUESTION)"
 
-test: lint types $(BASE)
+test: lint types $(BASE) cpp-dependencies
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
@@ -31,6 +31,12 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# What the C++ example is built with, where this machine can have it; where it cannot, its tests skip and say why.
+CPP_PACKAGES := cmake g++ nlohmann-json3-dev libssl-dev
+cpp-dependencies: $(VENV)/installed
+	-dpkg -s $(CPP_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CPP_PACKAGES); }
+	-examples/cpp/get_onnxruntime.sh build/onnxruntime $(BIN)/python
 
 # The numbers of the README.
 bench: $(BASE)

@@ -1,15 +1,20 @@
-"""Text in, text out: an artifact answers, decoded greedily. For the eye and for examples; serving belongs to the backends."""
+"""Text in, text out: an artifact answers, decoded greedily. For the eye and for examples; serving belongs to the backends.
+
+Tokens come from ONNX Runtime GenAI where it can run the artifact, and else from the backend's own Decoder.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from flora_export.artifact import Artifact
 from flora_export.backends import load_backend
 from flora_export.base_model import GENERATION, read_json
-from flora_export.errors import ArtifactError
+from flora_export.errors import ArtifactError, BackendError, FloraExportError
+from flora_export.genai import GenaiTokens
 from flora_export.verify.prompts import load_tokenizer
 
 
@@ -22,6 +27,14 @@ class Answer:
     new_tokens: int
     time_to_first_token: float
     time_per_output_token: float
+    runtime: str  # genai or decoder
+
+
+class Tokens(Protocol):
+    """Greedy tokens of a batch, one of each row at a time."""
+
+    def start(self, room: int) -> list[int]: ...
+    def step(self) -> list[int]: ...
 
 
 def generate(
@@ -31,16 +44,20 @@ def generate(
     max_new_tokens: int,
     adapter: bool = True,
     chat: bool = True,
+    runtime: str = "auto",
     on_text: Callable[[str], None] | None = None,
 ) -> list[Answer]:
-    """Answer prompts as one batch, padded on the side that the artifact declares.
+    """Answer prompts as one batch.
 
     Args:
         chat: put each prompt into the tokenizer's chat template, where it has one.
+        runtime: genai, decoder, or auto: genai where it can.
         on_text: is given the first prompt's answer piece by piece.
 
     Raises:
         ArtifactError: the artifact has no tokenizer, or a prompt leaves no room in the model's context.
+        BackendError: `runtime` is genai, and ONNX Runtime GenAI cannot run the artifact here.
+        FloraExportError: `runtime` is genai, and the adapter is to be silenced.
     """
     tokenizer = load_tokenizer(artifact.path)
     config = read_json(artifact.path / "config.json", "model configuration")
@@ -52,10 +69,11 @@ def generate(
             f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, and leave room in a context of {context}"
         )
     ends = _end_tokens(artifact, config)
-    decoder = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+    source, name = _tokens(artifact, rows, ends, runtime, adapter)
+    room = min(max_new_tokens, room)
 
     started = time.perf_counter()
-    tokens = [int(logits[-1].argmax()) for logits in decoder.start(rows)]
+    tokens = source.start(room)
     first = time.perf_counter()
     answers: list[list[int]] = [[] for _ in rows]
     running, shown, steps = set(range(len(rows))), "", 0
@@ -70,15 +88,44 @@ def generate(
             if text.startswith(shown) and not text.endswith("\ufffd"):  # half a character: wait for the rest
                 on_text(text[len(shown) :])
                 shown = text
-        if not running or steps + 1 >= min(max_new_tokens, room):
+        if not running or steps + 1 >= room:
             break
-        tokens = [int(token) for token in decoder.step(tokens).argmax(-1)]  # a row that has ended goes on, unread
+        tokens = source.step()  # a row that has ended goes on, unread
         steps += 1
     per_token = (time.perf_counter() - first) / max(steps, 1)
     return [
-        Answer(tokenizer.decode(answer, skip_special_tokens=True), len(row), len(answer), first - started, per_token)
+        Answer(tokenizer.decode(answer, skip_special_tokens=True), len(row), len(answer), first - started, per_token, name)
         for row, answer in zip(rows, answers, strict=True)
     ]
+
+
+class _DecoderTokens:
+    """The backend's Decoder, padded on the side that the artifact declares."""
+
+    def __init__(self, artifact: Artifact, rows: list[list[int]], *, adapter: bool) -> None:
+        self.decoder: Any = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+        self.rows = rows
+
+    def start(self, room: int) -> list[int]:
+        self.tokens = [int(logits[-1].argmax()) for logits in self.decoder.start(self.rows)]
+        return self.tokens
+
+    def step(self) -> list[int]:
+        self.tokens = [int(token) for token in self.decoder.step(self.tokens).argmax(-1)]
+        return self.tokens
+
+
+def _tokens(artifact: Artifact, rows: list[list[int]], ends: set[int], runtime: str, adapter: bool) -> tuple[Tokens, str]:
+    """Where tokens come from, and its name. Only our Decoder can silence the adapter."""
+    if runtime == "genai" and not adapter:
+        raise FloraExportError("ONNX Runtime GenAI runs an artifact as it is: without its adapter, use --runtime decoder")
+    if runtime != "decoder" and adapter:
+        try:
+            return GenaiTokens(artifact, ends, rows), "genai"
+        except BackendError:
+            if runtime == "genai":
+                raise
+    return _DecoderTokens(artifact, rows, adapter=adapter), "decoder"
 
 
 def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:

@@ -11,6 +11,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
+from tests.cpp import build_example, what_is_missing
 from tests.families import make_adapter, make_base
 
 torch.set_num_threads(1)  # tiny models: two workers with a thread each beat one with two
@@ -51,3 +52,11 @@ def smollm2() -> Path:
     if not (SMOLLM2 / "model.safetensors").is_file():
         pytest.skip(f"no SmolLM2 at {SMOLLM2}: make models/smollm2 makes it")
     return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def flora_decode() -> Path:
+    """The C++ example, built."""
+    if (missing := what_is_missing()) is not None:
+        pytest.skip(missing)
+    return build_example()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -87,3 +88,29 @@ def test_02_ci_workflow(base: Path, adapter: Path, tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"out", "report.html", "bench.html", "junit.xml", "comment.md", "summary.md"}
+
+
+def test_03_optimum() -> None:
+    """The run itself needs an environment of its own, too large for every test run: the recorded one is read, and its judge is tried."""
+    directory = EXAMPLES / "03_optimum"
+    spec = importlib.util.spec_from_file_location("check", directory / "check.py")
+    assert spec is not None and spec.loader is not None
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    compile((directory / "replay.py").read_text(), "replay.py", "exec")
+
+    record = json.loads((EXAMPLES.parent / "benchmarks" / "results" / "optimum.json").read_text())
+    prompts, precision = record["prompts"], record["artifact"]["precision"]
+    assert (record["passed"], record["faults"], len(prompts)) == (True, [], 2)
+    assert check.faults(prompts, precision) == []
+    pinned = dict(re.findall(r"^([a-z-]+)(?:\[.*\])?==(\S+)$", (directory / "requirements.txt").read_text(), re.MULTILINE))
+    assert {name: version.split("+")[0] for name, version in record["versions"].items()} == {n: pinned[n] for n in record["versions"]}
+
+    def with_first(**changes: object) -> list[str]:
+        faults: list[str] = check.faults([prompts[0] | changes, *prompts[1:]], precision)
+        return faults
+
+    assert with_first(largest_error=1.1e-4 * prompts[0]["largest_logit"])[0].startswith("prompt 0: logits are off by")
+    assert len(with_first(largest_error=float("nan"))) == 1
+    assert with_first(same_greedy_tokens=False) == ["prompt 0: generate() says something else"]
+    assert check.faults([], precision) == ["nothing was replayed"]

@@ -28,6 +28,7 @@ FLOORS = {
     "flora_export.backends": 6,
     "flora_export.verify": 7,
     "flora_export.explain": 7,
+    "flora_export.genai": 7,
     "flora_export.generate": 8,
     "flora_export.pipeline": 8,
     "flora_export.bench": 8,

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file
 
-from flora_export.artifact import open_artifact
+from flora_export.artifact import GOLDEN, open_artifact
 from flora_export.cli import main
 from flora_export.generate import generate
 from flora_export.verify.prompts import load_tokenizer
 from tests.conftest import ADAPTER
+from tests.cpp import decode
 
 sys.path.insert(0, str(ADAPTER.parent))
 from problems import problems, result_of
@@ -63,8 +65,6 @@ def test_two_builds_are_byte_identical(built: tuple[Path, int]) -> None:
 
 
 def test_explain_lists_every_adapter_tensor(built: tuple[Path, int]) -> None:
-    from safetensors.numpy import load_file
-
     result = CliRunner().invoke(main, ["explain", str(built[0]), "--json"])
     assert result.exit_code == 0
     content = json.loads(result.stdout)
@@ -104,6 +104,19 @@ def test_generate_streams_text(built: tuple[Path, int]) -> None:
     assert "context of 8192" in too_long.stderr
 
 
+def test_cpp_decodes_what_eager_did(built: tuple[Path, int], flora_decode: Path) -> None:
+    """The recorded tokens are eager PyTorch's."""
+    recorded = load_file(built[0] / GOLDEN)
+    ran = decode(flora_decode, built[0], "--threads", 2)
+    assert ran.code == 0, ran.messages
+    assert ran.tokens == [recorded[f"prompt.{i}.tokens"].tolist() for i in range(2)]
+    tokenizer = load_tokenizer(built[0])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    (answer,) = decode(flora_decode, built[0], "--tokens", 64, prompts=[prompt]).tokens
+    assert tokenizer.decode(answer) == "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18"
+
+
 def test_onnxruntime_genai_runs_the_directory_unchanged(built: tuple[Path, int]) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="extra genai is not installed")
     tokenizer = load_tokenizer(built[0])
@@ -119,4 +132,18 @@ def test_onnxruntime_genai_runs_the_directory_unchanged(built: tuple[Path, int])
     while not generator.is_done():
         generator.generate_next_token()
     answer = tokenizer.decode(generator.get_sequence(0)[len(prompt) :], skip_special_tokens=True)
-    assert answer == generate(open_artifact(built[0]), [QUESTION], max_new_tokens=60)[0].text
+    assert answer == generate(open_artifact(built[0]), [QUESTION], max_new_tokens=60, runtime="decoder")[0].text
+
+
+def test_generate_is_onnxruntime_genai_and_says_what_eager_does(built: tuple[Path, int]) -> None:
+    """Eager's tokens are the recorded ones. Without the adapter the question is answered in another way."""
+    pytest.importorskip("onnxruntime_genai", reason="extra genai is not installed")
+    artifact, recorded, tokenizer = open_artifact(built[0]), load_file(built[0] / GOLDEN), load_tokenizer(built[0])
+    prompts, pieces = [tokenizer.decode(recorded[f"prompt.{i}.input_ids"]) for i in range(2)], []
+    answers = generate(artifact, prompts, max_new_tokens=16, chat=False, on_text=pieces.append)
+    assert [a.runtime for a in answers] == ["genai", "genai"]
+    assert [a.text for a in answers] == [tokenizer.decode(recorded[f"prompt.{i}.tokens"], skip_special_tokens=True) for i in range(2)]
+    assert len([piece for piece in pieces if piece]) > 8
+    (adapted,), (bare,) = (generate(artifact, [QUESTION], max_new_tokens=64, adapter=adapter) for adapter in (True, False))
+    assert (adapted.runtime, bare.runtime) == ("genai", "decoder")
+    assert adapted.text == "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18" != bare.text

@@ -16,8 +16,17 @@ from flora_export.cli.common import DIRECTORY, json_option, print_json, run_comm
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--without-adapter", is_flag=True, help="Silence the adapter, to see the base model's answer.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "genai", "decoder"]),
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime GenAI, or our own loop around the backend; auto: GenAI where it can run OUT.",
+)
 @json_option
-def generate(out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_adapter: bool, raw: bool, as_json: bool) -> None:
+def generate(
+    out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_adapter: bool, raw: bool, runtime: str, as_json: bool
+) -> None:
     """Let the artifact OUT answer PROMPT, decoded greedily; several prompts are one batch."""
 
     def run() -> int:
@@ -31,6 +40,7 @@ def generate(out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_a
             max_new_tokens=max_new_tokens,
             adapter=not without_adapter,
             chat=not raw,
+            runtime=runtime,
             on_text=(lambda text: click.echo(text, nl=False)) if streamed else None,
         )
         if as_json:
@@ -42,7 +52,7 @@ def generate(out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_a
         a = answers[0]
         click.echo(
             f"{a.prompt_tokens} prompt tokens, {a.new_tokens} new; first after {a.time_to_first_token * 1000:.0f} ms, "
-            f"then {a.time_per_output_token * 1000:.1f} ms each",
+            f"then {a.time_per_output_token * 1000:.1f} ms each (runtime {a.runtime})",
             err=True,
         )
         return 0

@@ -54,10 +54,13 @@ def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse
     Raises:
         FusionError: a branch cannot be attached or fused; the message names it.
     """
+    lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
+    run_passes(capture.model, lowered)
     before = operator_counts(capture.model)
     branches = place_branches(capture.model, checkpoint, base, align)
-    passes = passes_for(fuse, branches, checkpoint, capture.form, cache_tokens)
+    passes = passes_for(fuse, branches, checkpoint, capture.form)
     run_passes(capture.model, passes)
+    passes = lowered + passes
     return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, tuple(type(pass_).__name__ for pass_ in passes), before)
 
 
@@ -72,12 +75,9 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in model.graph).items()))
 
 
-def passes_for(
-    fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu", cache_tokens: int = 0
-) -> list[ir.passes.InPlacePass]:
+def passes_for(fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu") -> list[ir.passes.InPlacePass]:
     """The passes of a fusion level, in order, for a form of the capture."""
-    order = lowering(form, cache_tokens)  # first: what follows then sees what the target sees
-    order.append(Attach(branches, checkpoint))  # before the others, which fuse what it makes
+    order: list[ir.passes.InPlacePass] = [Attach(branches, checkpoint)]  # first: it makes what the others fuse
     if fuse == "both":
         order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
     if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):

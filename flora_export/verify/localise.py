@@ -68,11 +68,9 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
     captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
+    run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     branches = place_branches(captured.model, checkpoint, base, manifest.align)
-    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, manifest.cache_tokens)
-    first = len(lowering(captured.form))  # what makes the base graph what the target takes; the adapter comes after it
-    run_passes(captured.model, passes[:first])
-    passes = passes[first:]
+    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form)
     for index in range(len(passes) + 1):
         if index:
             run_passes(captured.model, passes[index - 1 : index])

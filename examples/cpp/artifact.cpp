@@ -1,0 +1,120 @@
+#include "artifact.hpp"
+
+#include <openssl/evp.h>
+
+#include <array>
+#include <fstream>
+#include <limits>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <utility>
+
+#include "error.hpp"
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+constexpr int schema_version = 1;
+
+json read_json(const fs::path& file) {
+  std::ifstream stream(file);
+  if (!stream) throw Error(Exit::input, file.string() + " cannot be read: not a directory that flora-export built?");
+  try {
+    return json::parse(stream);
+  } catch (const json::exception& error) {
+    throw Error(Exit::input, file.string() + " is not JSON (" + error.what() + "). Build the artifact again.");
+  }
+}
+
+std::string sha256(const fs::path& file) {
+  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
+  if (!context || EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) != 1) throw Error(Exit::runtime, "OpenSSL has no SHA-256");
+  std::ifstream stream(file, std::ios::binary);
+  std::vector<char> chunk(1 << 20);
+  while (stream) {
+    stream.read(chunk.data(), static_cast<std::streamsize>(chunk.size()));
+    EVP_DigestUpdate(context.get(), chunk.data(), static_cast<std::size_t>(stream.gcount()));
+  }
+  if (!stream.eof()) throw Error(Exit::input, file.string() + " cannot be read");
+  std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
+  unsigned int size = 0;
+  EVP_DigestFinal_ex(context.get(), digest.data(), &size);
+  std::string text;
+  for (unsigned int i = 0; i < size; ++i) {
+    constexpr char digits[] = "0123456789abcdef";
+    text += {digits[digest[i] >> 4], digits[digest[i] & 15]};
+  }
+  return text;
+}
+
+void check_file(const fs::path& directory, const std::string& name, const json& known) {
+  if (fs::path(name).filename() != name) throw Error(Exit::input, "manifest.json names '" + name + "', which leaves the directory");
+  const fs::path file = directory / name;
+  if (!fs::is_regular_file(file)) throw Error(Exit::input, file.string() + " is missing. Copy the artifact again.");
+  if (fs::file_size(file) != known.at("bytes").get<std::uintmax_t>() || sha256(file) != known.at("sha256").get<std::string>()) {
+    throw Error(Exit::input, file.string() + " is not the file that was built: its size or SHA-256 differs from the manifest's");
+  }
+}
+
+// "1.31.1" -> (1, 31).
+std::pair<int, int> minor_version(const std::string& text) {
+  std::istringstream stream(text);
+  int major = 0, minor = 0;
+  char dot = 0;
+  if (!(stream >> major >> dot >> minor) || dot != '.') throw Error(Exit::input, "'" + text + "' is no version of ONNX Runtime");
+  return {major, minor};
+}
+
+// The tokens that end an answer: of generation_config.json, or else of config.json. One number, a list of them, or none.
+std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& config) {
+  json ends;
+  const fs::path generation = directory / "generation_config.json";
+  if (fs::exists(generation)) ends = read_json(generation).value("eos_token_id", json());
+  if (ends.is_null()) ends = config.value("eos_token_id", json());
+  if (ends.is_null()) return {};
+  return ends.is_array() ? ends.get<std::vector<std::int64_t>>() : std::vector<std::int64_t>{ends.get<std::int64_t>()};
+}
+
+}  // namespace
+
+Artifact open_artifact(const fs::path& directory, const std::string& backend, const std::string& target) {
+  const json manifest = read_json(directory / "manifest.json");
+  try {
+    if (const json version = manifest.at("schema_version"); version != schema_version) {
+      throw Error(Exit::input, "manifest.json has schema version " + version.dump() + ", but this program reads " +
+                                   std::to_string(schema_version) + ". Build the artifact again.");
+    }
+    if (manifest.at("backend") != backend || manifest.at("target") != target) {
+      throw Error(Exit::runtime, "the artifact is for " + manifest.at("backend").dump() + " on " + manifest.at("target").dump() +
+                                     "; this program runs " + backend + " on " + target);
+    }
+    for (const char* name : {"model.onnx", "model.onnx.data", "config.json"}) static_cast<void>(manifest.at("files").at(name));  // no less
+    for (const auto& [name, known] : manifest.at("files").items()) check_file(directory, name, known);
+
+    const json config = read_json(directory / "config.json");
+    Artifact artifact{};
+    artifact.directory = directory;
+    artifact.precision = manifest.at("precision");
+    artifact.onnxruntime = manifest.at("versions").at("onnxruntime");
+    artifact.grouped_attention = manifest.at("padding") == "right";  // these graphs count a row's tokens from the left
+    for (const json& output : manifest.at("outputs")) {
+      if (output.at("name") == "logits") artifact.vocabulary = output.at("shape").at(2);
+    }
+    artifact.context = config.value("max_position_embeddings", std::numeric_limits<std::int64_t>::max());
+    artifact.ends = end_tokens(directory, config);
+    return artifact;
+  } catch (const json::exception& error) {
+    throw Error(Exit::input, (directory / "manifest.json").string() + " or a configuration is not what flora-export writes (" +
+                                 error.what() + "). Build the artifact again.");
+  }
+}
+
+void check_runtime(const Artifact& artifact, const std::string& running) {
+  if (minor_version(running) < minor_version(artifact.onnxruntime)) {
+    throw Error(Exit::runtime, "the artifact was built with ONNX Runtime " + artifact.onnxruntime + ", but " + running +
+                                   " is running: use that version or a newer one");
+  }
+}

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+// A directory that `flora-export build` wrote, with what a decoder has to know of its manifest.json and configuration.
+struct Artifact {
+  std::filesystem::path directory;
+  std::string precision;              // fp32, fp16 or bf16
+  std::string onnxruntime;            // version that it was built with
+  bool grouped_attention;             // GroupQueryAttention: keys and values may stay in one buffer
+  std::int64_t vocabulary;            // width of the logits
+  std::int64_t context;               // how many tokens the model takes
+  std::vector<std::int64_t> ends;     // tokens that end an answer
+
+  std::filesystem::path model() const { return directory / "model.onnx"; }
+};
+
+// Opens a directory: its manifest must be of schema version 1 and for this backend and target, and every file must have the size and the
+// SHA-256 that the manifest states.
+// Throws Error: Exit::input where the directory is damaged or no artifact, Exit::runtime where it is for something else.
+Artifact open_artifact(const std::filesystem::path& directory, const std::string& backend, const std::string& target);
+
+// Throws Error(Exit::runtime) where an older ONNX Runtime is running than the one that the artifact was built with. Minor versions count:
+// they add operators and mend kernels.
+void check_runtime(const Artifact& artifact, const std::string& running);
