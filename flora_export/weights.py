@@ -107,9 +107,11 @@ def widen(value: ir.Value, axis: int, additions: Sequence[tuple[int, Part]]) -> 
         stop = start + part.size
         rest = part
         for offset, addition in [w for w in waiting if start < w[0] < stop]:
-            head, rest = _cut(rest, axis, offset - start)
-            parts += [head, addition]
-            start = offset
+            if offset > start:  # not where two parts go to one place
+                head, rest = _cut(rest, axis, offset - start)
+                parts.append(head)
+                start = offset
+            parts.append(addition)
         parts.append(rest)
         parts += [addition for offset, addition in waiting if offset == stop]
         start = stop

@@ -61,8 +61,8 @@ def write_graph(fused: Fused, directory: Path, backend: str, target: str, progre
             "config": checkpoint.config,
             "tensors": list(checkpoint.tensors),
         },
-        inputs=[_describe(value) for value in model.graph.inputs],
-        outputs=[_describe(value) for value in model.graph.outputs],
+        inputs=[describe(value) for value in model.graph.inputs],
+        outputs=[describe(value) for value in model.graph.outputs],
         operators={"before": fused.operators_before, "after": operator_counts(model)},
         blocks=blocks,
         ledger=ledger,
@@ -79,7 +79,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _describe(value: ir.Value) -> Tensor:
+def describe(value: ir.Value) -> Tensor:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     return Tensor(value.name, value.dtype.name, [d if isinstance(d, int) else str(d) for d in value.shape])
 

@@ -59,12 +59,12 @@ class LowerAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         waiting = _waiting(model)
-        masks: dict[int, ir.Value] = {}
-        for node in waiting:
-            window = int(node.metadata_props.get(WINDOW, 0))
-            if window not in masks:
-                make = Builder(model, waiting[0], f"ffba_mask.{window}" if window else "ffba_mask")
-                masks[window] = _static_mask(make, self.cache_tokens, window) if self.cache_tokens else _mask(make, window)
+        windows = [int(node.metadata_props.get(WINDOW, 0)) for node in waiting]
+        masks = {}
+        for window in dict.fromkeys(windows):
+            make = Builder(model, waiting[0], f"ffba_mask.{window}" if window else "ffba_mask")
+            masks[window] = _static_mask(make, self.cache_tokens, window) if self.cache_tokens else _mask(make, window)
+        for node, window in zip(waiting, windows, strict=True):
             self._lower_one(model, node, masks[window])
         if waiting:
             _drop_unused(model, self.cache_tokens)

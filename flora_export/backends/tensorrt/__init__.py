@@ -52,6 +52,7 @@ def write(
     if faults:
         raise BackendError(f"the graph has what TensorRT does not take: {'; '.join(faults[:5])}")
     manifest = write_graph(fused, directory, "tensorrt", target, progress)
+    (directory / "genai_config.json").unlink(missing_ok=True)  # ONNX Runtime GenAI runs no engine
     stage(f"building the engine with {flavour.title}")
     adapted = _compile(flavour, directory, manifest, fused.model, profiles, capabilities, options)
     base = None

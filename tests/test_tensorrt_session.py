@@ -1,0 +1,144 @@
+"""The engine's session: buffers, shapes, profiles and the way of the KV cache, with a stand-in for TensorRT.
+
+The stand-in takes TensorRT's own calls, reads and writes raw memory at the addresses that it is given, as an engine does, and computes with
+ONNX Runtime. What it cannot show is left to a machine with a GPU: CUDA streams, the CUDA graph, and the engine's own numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from flora_export.artifact import Artifact
+from flora_export.backends.tensorrt import session
+from flora_export.backends.tensorrt.flavour import Flavour
+from flora_export.backends.tensorrt.plan import EngineOptions, parse_ranges
+from flora_export.backends.tensorrt.portable import PortableDecoder
+from flora_export.errors import BackendError
+from flora_export.pipeline import BuildOptions, build
+from flora_export.verify.coverage import run_forced
+from flora_export.verify.golden import replay
+from tests.conftest import silent
+
+pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX: pip install 'flora-export[tensorrt-rtx]'", exc_type=ImportError)
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
+FORCED = [[20, 21, 22], [23, 24, 25], [26, 27, 28]]
+TYPES = {"tensor(int64)": ("INT64", np.int64), "tensor(float16)": ("HALF", np.float16)}
+
+
+class StandIn:
+    """An engine: `model.onnx` in ONNX Runtime, behind TensorRT's calls."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        self.session = ort.InferenceSession(artifact.model, options)
+        self.values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.num_io_tensors = len(self.values)
+        self.profiles = list(artifact.manifest.engine["profiles"])
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.values)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return types.SimpleNamespace(name=TYPES[self.values[name].type][0])
+
+    def create_execution_context(self) -> Context:
+        return Context(self)
+
+
+class Context:
+    def __init__(self, engine: StandIn) -> None:
+        self.engine, self.shapes, self.addresses, self.profile = engine, {}, {}, -1
+        self.shapes: dict[str, tuple[int, ...]]
+        self.addresses: dict[str, int]
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+        self.profile = index
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return name != "input_ids" or (shape[1] == 1 if self.profile == session.DECODE else shape[1] <= 64)
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        assert address
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        values = self.engine.values
+        inputs = [value.name for value in self.engine.session.get_inputs()]
+        feeds = {name: self._memory(name, self.shapes[name]).copy() for name in inputs}
+        outputs = [name for name in values if name not in inputs]
+        for name, result in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
+            self._memory(name, result.shape)[...] = result
+        return True
+
+    def _memory(self, name: str, shape: tuple[int, ...]) -> Any:
+        dtype = np.dtype(TYPES[self.engine.values[name].type][1])
+        count = int(np.prod(shape))
+        raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(self.addresses[name])
+        return np.frombuffer(raw, dtype, count).reshape(shape)
+
+
+@pytest.fixture(scope="module", params=[0, 60], ids=["growing", "static"])
+def artifact(request: pytest.FixtureRequest, base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    engine = EngineOptions("rtx", ("8.9",), parse_ranges(["prompt=1:16:40 past=1:30:55"]), compare_base=False, cache=False)
+    options = BuildOptions("tensorrt", precision="fp16", cache_tokens=request.param, engine=engine)
+    return build(adapter, str(base), tmp_path_factory.mktemp("session") / "out", options, silent)[0]
+
+
+@pytest.fixture
+def decoder(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> session.EngineDecoder:
+    runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda content: StandIn(artifact))
+    trt = types.SimpleNamespace(ILogger=object, Runtime=lambda logger: runtime)
+    version = artifact.manifest.engine["version"]
+    monkeypatch.setattr(session, "load_flavour", lambda name: Flavour("rtx", version, trt))
+    monkeypatch.setattr(session, "logged", lambda flavour: _nothing())
+    monkeypatch.setattr(session, "machine_capability", lambda: "8.9")
+    return session.EngineDecoder(artifact, device="cpu")
+
+
+class _nothing:
+    def __enter__(self) -> tuple[None, Any]:
+        return None, types.SimpleNamespace(errors=[])
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [0, 1, 2]], ids=["one", "short", "ragged"])
+def test_prefill_and_steps(decoder: session.EngineDecoder, artifact: Artifact, rows: list[int]) -> None:
+    prompts, forced = [PROMPTS[row] for row in rows], [FORCED[row] for row in rows]
+    expected = run_forced(PortableDecoder(artifact), prompts, forced)
+    for _ in range(2):  # a second prompt finds no trace of the first
+        for row, got in zip(expected, run_forced(decoder, prompts, forced), strict=True):
+            np.testing.assert_allclose(got, row, rtol=0, atol=5e-3)  # fp16
+    bare = run_forced(PortableDecoder(artifact, adapter=False), prompts, forced)
+    assert np.abs(bare[0] - expected[0]).max() > 0.05
+
+
+def test_resume(decoder: session.EngineDecoder, artifact: Artifact) -> None:
+    rng = np.random.default_rng(0)
+    cache = [tuple(rng.standard_normal((1, 2, 40, 16), np.float32) for _ in range(2)) for _ in range(2)]
+    assert decoder.cache_shapes() == [(2, 16), (2, 16)]
+    results = []
+    for runner in (decoder, PortableDecoder(artifact)):
+        runner.resume(cache)
+        results.append([runner.step([token]) for token in (5, 6)])
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=5e-3)
+
+
+def test_golden_vectors_replay(decoder: session.EngineDecoder, artifact: Artifact) -> None:
+    assert replay(artifact, decoder) == []
+
+
+def test_beyond_the_profile(decoder: session.EngineDecoder) -> None:
+    with pytest.raises(BackendError, match=r"does not take input_ids \(1, 65\): its profile prefill"):
+        decoder.start([[5] * 65])
