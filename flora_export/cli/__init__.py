@@ -12,6 +12,7 @@ from flora_export.cli.bench import bench
 from flora_export.cli.build import build
 from flora_export.cli.explain import explain
 from flora_export.cli.generate import generate
+from flora_export.cli.triton import triton
 from flora_export.cli.verify import verify
 
 
@@ -21,5 +22,5 @@ def main() -> None:
     """From an FFBA checkpoint to a fused, verified inference artifact."""
 
 
-for command in (build, verify, explain, generate, bench):
+for command in (build, verify, explain, generate, bench, triton):
     main.add_command(command)
