@@ -22,7 +22,7 @@ class Server:
         repository: Path,
         *,
         log: Path | None = None,
-        poll: float = 1,
+        poll: int = 1,
         ports: tuple[int, int, int] | None = None,
         python: Path | None = None,
     ) -> None:
@@ -42,7 +42,7 @@ class Server:
         command = [root / "bin" / "tritonserver", f"--model-repository={repository}", f"--backend-directory={root / 'backends'}"]
         for name, address in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={address.split(':')[1]}"]
-        command += ["--model-control-mode=poll", f"--repository-poll-secs={poll:g}", "--disable-auto-complete-config"]
+        command += ["--model-control-mode=poll", f"--repository-poll-secs={poll}", "--disable-auto-complete-config"]
         command += ["--allow-gpu-metrics=false", "--exit-timeout-secs=30"]
         self.log = log
         output = log.open("ab") if log is not None else None

@@ -27,11 +27,12 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException(f"{version} is damaged: {'; '.join(faults)}. Publish the artifact again.")
         self.model = Model(version, int(given["threads"]))
         self.scheduler = Scheduler(int(given["concurrent_requests"]))
+        self.counters = Counters({"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests over. It waits while all slots are taken: the rest waits in the server's own queue, which counts and limits it."""
         for request in requests:
-            answer = Answer(request)
+            answer = Answer(request, self.counters)
             try:
                 settings, prompt = self._read(request)
             except RequestError as error:
@@ -61,11 +62,30 @@ class TritonPythonModel:
         return settings, self.model.encode(_text(_one(inputs, "text_input"), "text_input"), None, settings)
 
 
+class Counters:
+    """Metrics of the server: how requests end, and their tokens. Triton's own count a streaming request when it is handed over."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        counter = pb_utils.MetricFamily.COUNTER
+        self._requests = pb_utils.MetricFamily("flora_generate_requests", "Answers by how they ended", counter)
+        self._tokens = pb_utils.MetricFamily("flora_generate_tokens", "Tokens of the answers that came to their end", counter)
+        ends = ("stop", "length", "cancelled", "invalid", "internal")
+        self._by_end = {end: self._requests.Metric(labels={**labels, "end": end}) for end in ends}
+        self._by_kind = {kind: self._tokens.Metric(labels={**labels, "kind": kind}) for kind in ("prompt", "new")}
+
+    def count(self, end: str, prompt_tokens: int = 0, new_tokens: int = 0) -> None:
+        """One request more has ended so."""
+        self._by_end[end].increment(1)
+        if prompt_tokens:
+            self._by_kind["prompt"].increment(prompt_tokens)
+            self._by_kind["new"].increment(new_tokens)
+
+
 class Answer:
     """Where the pieces of one request go."""
 
-    def __init__(self, request: Any) -> None:
-        self.sender = request.get_response_sender()
+    def __init__(self, request: Any, counters: Counters) -> None:
+        self.sender, self.counters = request.get_response_sender(), counters
 
     def send(self, piece: Piece) -> None:
         """Send a piece; the last one ends the request."""
@@ -73,10 +93,12 @@ class Answer:
         if piece.reason:
             outputs += [_strings("finish_reason", piece.reason)]
             outputs += [_number("prompt_tokens", piece.prompt_tokens), _number("new_tokens", piece.new_tokens)]
+            self.counters.count(piece.reason, piece.prompt_tokens, piece.new_tokens)
         self.sender.send(pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if piece.reason else 0)
 
     def fail(self, message: str, kind: str) -> None:
         """End the request with an error: "invalid", "cancelled" or "internal"."""
+        self.counters.count(kind)
         code = {"invalid": pb_utils.TritonError.INVALID_ARG, "cancelled": pb_utils.TritonError.CANCELLED}
         error = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code.get(kind, pb_utils.TritonError.INTERNAL)))
         self.sender.send(error, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
