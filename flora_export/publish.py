@@ -39,7 +39,6 @@ def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress
         VerificationError: a file is damaged, or the golden vectors do not replay; what was live still is.
         FloraExportError: its other subclasses say what failed.
     """
-    former = live(repo)["decoder"] if (repo / "decoder").is_dir() and versions(repo, "decoder") else None
     progress("writing the version", 0, 1)
     with staged_version(artifact, repo, serving) as staged:
         progress("checking its files", 0, 1)
@@ -52,7 +51,7 @@ def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress
             faults = generation_faults(staged.artifact)
         if faults:
             raise VerificationError("\n  ".join([f"the version does not go live in {repo}:", *faults]), {"causes": faults})
-    return Published(staged.version, former, staged.models)
+    return Published(staged.version, staged.former, staged.models)
 
 
 def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:
@@ -82,14 +81,13 @@ def roll_back(repo: Path, to: int | None) -> Published:
     Raises:
         ArtifactError: there is no such version, or its files are damaged.
     """
+    former = None
     if to is None:
         former = live(repo)["decoder"]
         earlier = [version for version in versions(repo, "decoder") if version < former]
         if not earlier:
             raise ArtifactError(f"{repo}: version {former} is live, and there is none before it")
         to = earlier[-1]
-    else:
-        former = None
     make_live(repo, to)
     return Published(to, former, tuple(live(repo)))
 

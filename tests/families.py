@@ -68,7 +68,10 @@ def make_adapter(base: Path, directory: Path, seed: int = 1, **config: Any) -> P
     return directory
 
 
-CHAT = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
 
 
 def make_speaking_base(directory: Path, seed: int = 0) -> Path:

@@ -55,7 +55,9 @@ def triton(
             if as_json:
                 print_json({"live": live, "faults": faults})
             else:
-                click.echo("\n".join([f"{model}: version {version} is live" for model, version in live.items()] + faults or ["no faults"]))
+                click.echo(
+                    "\n".join([f"{model}: version {version} is live" for model, version in live.items()] + (faults or ["no faults"]))
+                )
             return 1 if faults else 0
         if action:
             done = publishing.roll_back(repo, to)

@@ -6,7 +6,8 @@
     REPO/decoder/warmup/3.input_ids     the first request that the server sends itself
     REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py
 
-Weights are copied once, so that nothing done to OUT later can reach a live version. A server that polls never sees half a version: a
+Weights are copied once, so that nothing done to OUT later can reach a live version. (The onnx package refuses to read weights that have
+several hard links; ONNX Runtime reads them. `flora-export verify` is for OUT, and `check` proves that these are OUT's bytes.) A server that polls never sees half a version: a
 directory that no config.pbtxt names is not loaded.
 """
 
@@ -37,11 +38,12 @@ GENERATES = ("genai_config.json", "tokenizer.json", "tokenizer_config.json")  # 
 
 @dataclass(frozen=True)
 class Staged:
-    """A version that is written and not in the repository yet. `models` are those that it has."""
+    """A version that is written and not in the repository yet. `models` are those that it is for."""
 
     artifact: Artifact
     version: int
     models: tuple[str, ...]
+    former: int | None  # the live version
 
 
 @contextlib.contextmanager
@@ -58,9 +60,10 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
     try:
         repo.mkdir(parents=True, exist_ok=True)
         with _locked(repo), tempfile.TemporaryDirectory(prefix=f".{repo.name}.publishing-", dir=repo.parent) as scratch:
-            numbers = versions(repo, DECODER) + versions(repo, GENERATE)
-            staged = _write(artifact, Path(scratch), max(numbers, default=0) + 1, serving)
-            _check_served(repo, staged)
+            models = _models(artifact, repo)
+            former = live(repo)[DECODER] if (repo / DECODER).exists() else None
+            version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
+            staged = Staged(_write(artifact, Path(scratch), version, models, serving), version, models, former)
             yield staged
             for model in staged.models:
                 _move_in(Path(scratch) / model, repo / model, staged.version)
@@ -149,16 +152,29 @@ def version_faults(repo: Path, version: int) -> list[str]:
     return faults
 
 
-def _write(artifact: Artifact, scratch: Path, version: int, serving: Serving) -> Staged:
-    """Both models of a version, in the layout of a repository."""
+def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
+    """The models that an artifact can be served as. Raises ArtifactError where the repository has others."""
+    can = MODELS if artifact.manifest.files.keys() >= set(GENERATES) else (DECODER,)
+    for model in MODELS:
+        held = versions(repo, model)
+        if (repo / model).exists() and not (held and (repo / model / str(held[-1]) / MANIFEST).is_file()):
+            raise ArtifactError(f"{repo / model} is there already and was not published by flora-export. Choose another repository.")
+        if held and model not in can:
+            raise ArtifactError(f"{repo} serves {model}, but the artifact has no {' or no '.join(GENERATES)}. Choose another repository.")
+    return can
+
+
+def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, ...], serving: Serving) -> Artifact:
+    """The models of a version, in the layout of a repository. Returns the decoder's version, which is an artifact itself."""
     decoder, generate = scratch / DECODER / str(version), scratch / GENERATE / str(version)
     decoder.mkdir(parents=True)
     for name in (*artifact.manifest.files, MANIFEST, REPORT):
         if (artifact.path / name).is_file():
             shutil.copyfile(artifact.path / name, decoder / name)
-    warmup = _decoder_warmup(artifact, scratch / DECODER / "warmup", version)
-    texts = {DECODER: decoder_config(artifact.manifest, version, serving, warmup)}
-    if all((decoder / name).is_file() for name in GENERATES):
+        elif name != REPORT:
+            raise ArtifactError(f"{artifact.path}: {name} is missing. Build the artifact again.")
+    texts = {DECODER: decoder_config(artifact.manifest, version, serving, _decoder_warmup(artifact, scratch / DECODER / "warmup", version))}
+    if GENERATE in models:
         generate.mkdir(parents=True)
         for file in decoder.iterdir():
             _link(file, generate / file.name)
@@ -174,7 +190,7 @@ def _write(artifact: Artifact, scratch: Path, version: int, serving: Serving) ->
         faults += config_faults(scratch / model, artifact.manifest)
     if faults:
         raise BackendError(f"the configuration would be wrong: {'; '.join(faults)}")
-    return Staged(open_artifact(decoder), version, tuple(texts))
+    return open_artifact(decoder)
 
 
 def _decoder_warmup(artifact: Artifact, directory: Path, version: int) -> Warmup:
@@ -206,15 +222,6 @@ def _generate_warmup(directory: Path, version: int) -> Warmup:
     (directory / f"{version}.text_input").write_bytes(len(text).to_bytes(4, "little") + text)
     (directory / f"{version}.max_tokens").write_bytes((1).to_bytes(4, "little"))
     return Warmup({name: (f"{version}.{name}", [1]) for name in ("text_input", "max_tokens")}, {})
-
-
-def _check_served(repo: Path, staged: Staged) -> None:
-    for model in MODELS:
-        former = versions(repo, model)
-        if (repo / model).exists() and not (former and (repo / model / str(former[-1]) / MANIFEST).is_file()):
-            raise ArtifactError(f"{repo / model} is there already and was not published by flora-export. Choose another repository.")
-        if former and model not in staged.models:
-            raise ArtifactError(f"{repo} serves {model}, but the artifact has no {' or no '.join(GENERATES)}. Choose another repository.")
 
 
 def _move_in(source: Path, target: Path, version: int) -> None:
