@@ -153,7 +153,7 @@ def test_without_golden_vectors_nothing_goes_live(sources: tuple[Path, Path], tm
     unproved, _ = build(sources[1], str(sources[0]), tmp_path / "out", BuildOptions(verify=False), silent)
     with pytest.raises(ArtifactError, match="only with golden vectors"):
         publish(unproved, tmp_path / "repo", Serving(), silent)
-    assert list((tmp_path / "repo").iterdir()) == []
+    assert not (tmp_path / "repo").exists()
 
 
 def test_a_publisher_that_is_interrupted_changes_nothing(artifact: Artifact, repo: Path) -> None:

@@ -7,8 +7,8 @@
     REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py
 
 Weights are copied once, so that nothing done to OUT later can reach a live version. (The onnx package refuses to read weights that have
-several hard links; ONNX Runtime reads them. `flora-export verify` is for OUT, and `check` proves that these are OUT's bytes.) A server that polls never sees half a version: a
-directory that no config.pbtxt names is not loaded.
+several hard links; ONNX Runtime reads them. `flora-export verify` is for OUT, and `check` proves that these are OUT's bytes.)
+A server that polls never sees half a version: a directory that no config.pbtxt names is not loaded.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
             f"{repo}: the version could not be published ({reason}); what was live still is. A version is written beside the repository "
             "and moved in, so the repository must not be a mount point itself."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            repo.rmdir()  # only where it is empty: the first version did not come to be
 
 
 def versions(repo: Path, model: str) -> list[int]:
