@@ -432,6 +432,36 @@ def test_a_version_damaged_on_disk_is_not_loaded(server: Server, repo: Path, art
     config.write_text(text)
 
 
+def test_a_server_that_is_told_to_load(artifacts: list[Artifact], tmp_path: Path) -> None:
+    """The way of production: a version is live once the server was told, and no request fails meanwhile."""
+    repo = tmp_path / "repo"
+    publish(artifacts[0], repo, Serving(threads=1), silent)
+    told = Server(SERVER, repo, log=tmp_path / "log", poll=None)
+    try:
+        told.wait()
+        load = Load(told, clients=2)
+        publish(artifacts[1], repo, Serving(threads=1), silent)
+        load.until(1)
+        for model in ("decoder", "generate"):
+            urllib.request.urlopen(f"http://{told.http}/v2/repository/models/{model}/load", data=b"{}", timeout=60).close()
+        load.until(2)
+        load.stop()
+        assert set(load.answers) == {(n + 1, expected(artifact, QUESTION, 8)) for n, artifact in enumerate(artifacts)}
+    finally:
+        told.stop()
+
+
+@pytest.mark.skipif(np.__version__ < "2", reason="NumPy 2 is what it is about")
+def test_a_server_that_cannot_read_numpy_2_loads_no_generate(repo: Path, tmp_path: Path) -> None:
+    """This server's Python backend reads NumPy 2's arrays wrongly and says nothing: the warm-up finds it, before clients do."""
+    wrong = Server(SERVER, repo, log=tmp_path / "log", python=Path(sys.executable).parent)
+    with pytest.raises(RuntimeError, match="did not become ready"):
+        wrong.wait()
+    log = (tmp_path / "log").read_text(errors="replace")
+    assert "deserialize_bytes_tensor" in log  # where it falls over the warm-up's text
+    assert "successfully loaded 'generate'" not in log
+
+
 def test_a_restarted_server_serves_what_is_live(server: Server, repo: Path, artifacts: list[Artifact]) -> None:
     """Another server on the same repository, after another version went live; then it is ended and started again."""
     assert publish(artifacts[1], repo, Serving(concurrent=1, threads=1, max_queue=2), silent).version == 3

@@ -22,13 +22,14 @@ class Server:
         repository: Path,
         *,
         log: Path | None = None,
-        poll: int = 1,
+        poll: int | None = 1,
         ports: tuple[int, int, int] | None = None,
         python: Path | None = None,
     ) -> None:
         """Start it; models come and go with the repository, which it looks at every `poll` seconds.
 
         Args:
+            poll: seconds; None: models change only when the server is told to load them.
             ports: for HTTP, gRPC and metrics.
             python: directory of the python program whose packages the Python backend uses, instead of the server's own.
         """
@@ -42,7 +43,11 @@ class Server:
         command = [root / "bin" / "tritonserver", f"--model-repository={repository}", f"--backend-directory={root / 'backends'}"]
         for name, address in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={address.split(':')[1]}"]
-        command += ["--model-control-mode=poll", f"--repository-poll-secs={poll}", "--disable-auto-complete-config"]
+        if poll is None:
+            command += ["--model-control-mode=explicit", "--load-model=*"]
+        else:
+            command += ["--model-control-mode=poll", f"--repository-poll-secs={poll}"]
+        command += ["--disable-auto-complete-config"]  # what the repository says is complete
         command += ["--allow-gpu-metrics=false", "--exit-timeout-secs=30"]
         self.log = log
         output = log.open("ab") if log is not None else None
