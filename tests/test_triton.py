@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +163,22 @@ def test_a_publisher_that_is_interrupted_changes_nothing(artifact: Artifact, rep
     with pytest.raises(KeyboardInterrupt), staged_version(artifact, repo, Serving()):
         raise KeyboardInterrupt
     assert snapshot(repo) == before
+
+
+def test_a_publisher_that_is_killed_changes_nothing(artifact: Artifact, repo: Path) -> None:
+    """What it leaves beside the repository goes with the next publisher."""
+    before = snapshot(repo)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom flora_export.artifact import open_artifact\n"
+        "from flora_export.backends.triton.config import Serving\nfrom flora_export.backends.triton.repository import staged_version\n"
+        "with staged_version(open_artifact(Path(sys.argv[1])), Path(sys.argv[2]), Serving()): os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(artifact.path), str(repo)], check=False, timeout=60)
+    assert killed.returncode == -9
+    assert snapshot(repo) == before
+    assert len(list(repo.parent.iterdir())) == 2
+    assert publish(artifact, repo, Serving(), silent).version == 3
+    assert [path.name for path in repo.parent.iterdir()] == ["repo"]
 
 
 def test_two_publishers_at_once(artifact: Artifact, repo: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -59,14 +60,14 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
         raise ArtifactError(f"{repo} is no directory, so it cannot be a model repository")
     try:
         repo.mkdir(parents=True, exist_ok=True)
-        with _locked(repo), tempfile.TemporaryDirectory(prefix=f".{repo.name}.publishing-", dir=repo.parent) as scratch:
+        with _scratch(repo) as scratch:
             models = _models(artifact, repo)
             former = live(repo)[DECODER] if (repo / DECODER).exists() else None
             version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
-            staged = Staged(_write(artifact, Path(scratch), version, models, serving), version, models, former)
+            staged = Staged(_write(artifact, scratch, version, models, serving), version, models, former)
             yield staged
             for model in staged.models:
-                _move_in(Path(scratch) / model, repo / model, staged.version)
+                _move_in(scratch / model, repo / model, staged.version)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
@@ -117,10 +118,10 @@ def make_live(repo: Path, version: int) -> None:
     if faults:
         raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
     try:
-        with _locked(repo), tempfile.TemporaryDirectory(prefix=f".{repo.name}.publishing-", dir=repo.parent) as scratch:
+        with _scratch(repo) as scratch:
             for model in MODELS:
                 if version in versions(repo, model):
-                    kept = shutil.copyfile(repo / model / str(version) / CONFIG, Path(scratch) / model)
+                    kept = shutil.copyfile(repo / model / str(version) / CONFIG, scratch / model)
                     _replace(kept, repo / model / CONFIG)
     except OSError as error:
         raise BackendError(f"{repo}: version {version} could not be made live ({error.strerror or error})") from error
@@ -254,11 +255,15 @@ def _link(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One publisher at a time."""
-    lock = os.open(directory, os.O_RDONLY)
+def _scratch(repo: Path) -> Iterator[Path]:
+    """A directory beside the repository, for one publisher at a time; what killed ones have left goes."""
+    prefix = f".{repo.name}.publishing-"
+    lock = os.open(repo, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
+            yield Path(directory)
     finally:
         os.close(lock)
