@@ -433,20 +433,26 @@ def test_a_version_damaged_on_disk_is_not_loaded(server: Server, repo: Path, art
 
 
 def test_a_server_that_is_told_to_load(artifacts: list[Artifact], tmp_path: Path) -> None:
-    """The way of production: a version is live once the server was told, and no request fails meanwhile."""
+    """The way of production, with two instances: a version is live once the server was told, and no request fails meanwhile."""
     repo = tmp_path / "repo"
-    publish(artifacts[0], repo, Serving(threads=1), silent)
+    publish(artifacts[0], repo, Serving(instances=2, threads=1), silent)
     told = Server(SERVER, repo, log=tmp_path / "log", poll=None)
     try:
         told.wait()
         load = Load(told, clients=2)
-        publish(artifacts[1], repo, Serving(threads=1), silent)
+        publish(artifacts[1], repo, Serving(instances=2, threads=1), silent)
         load.until(1)
         for model in ("decoder", "generate"):
             urllib.request.urlopen(f"http://{told.http}/v2/repository/models/{model}/load", data=b"{}", timeout=60).close()
         load.until(2)
         load.stop()
         assert set(load.answers) == {(n + 1, expected(artifact, QUESTION, 8)) for n, artifact in enumerate(artifacts)}
+        with urllib.request.urlopen(f"http://{told.metrics}/metrics", timeout=10) as answer:
+            counted = re.findall(
+                r'^flora_generate_requests\{[^}]*end="(?:length|stop)"[^}]*version="2"[^}]*\} (\S+)$', answer.read().decode(), re.M
+            )
+        served = sum(version == 2 for version, _ in load.answers)
+        assert sum(map(float, counted)) == served + 2  # and a warm-up in each instance
     finally:
         told.stop()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ class TritonPythonModel:
                 settings, prompt = self._read(request)
             except RequestError as error:
                 answer.fail(str(error), "invalid")
-                continue
-            self.scheduler.submit(Job(self.model, prompt, settings, answer.send, answer.fail, answer.sender.is_cancelled))
+            except Exception as error:  # one request's failure must not be that of those which came with it
+                traceback.print_exc()
+                answer.fail(f"the prompt could not be read ({type(error).__name__}: {error})", "internal")
+            else:
+                self.scheduler.submit(Job(self.model, prompt, settings, answer.send, answer.fail, answer.sender.is_cancelled))
 
     def finalize(self) -> None:
         """The server has answered all requests of this version, and unloads it."""
