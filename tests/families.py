@@ -66,3 +66,32 @@ def make_adapter(base: Path, directory: Path, seed: int = 1, **config: Any) -> P
     defaults = {"r": 4, "alpha": 8.0, "init_ffba_weights": False, "task_type": "CAUSAL_LM"}
     peft.get_peft_model(model, FFBAConfig(**(defaults | config))).save_pretrained(directory)
     return directory
+
+
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+
+
+def make_speaking_base(directory: Path, seed: int = 0) -> Path:
+    """A tiny random Llama with a tokenizer of its own (bytes, and a few merges), a chat template, and a context of 2048."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>", "<|user|>", "<|a|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the answer is what you say", "the question is what you ask"], trainer)
+    torch.manual_seed(seed)
+    shape = SHAPE | {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 2048}
+    model = AutoModelForCausalLM.from_config(tf.LlamaConfig(**shape))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "layers" in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(directory)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special).save_pretrained(directory)
+    return directory

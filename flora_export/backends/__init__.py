@@ -12,7 +12,10 @@ from flora_export.errors import BackendError, FloraExportError
 BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime", "tensorrt": "flora_export.backends.tensorrt"}
 
 # Promised by the command line, and not built yet.
-PLANNED = ("triton", "hf")
+PLANNED = ("hf",)
+
+# Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).
+PUBLISHED = ("triton",)
 
 
 def load_backend(name: str) -> ModuleType:

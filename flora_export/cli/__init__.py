@@ -13,6 +13,7 @@ from flora_export.cli.build import build
 from flora_export.cli.explain import explain
 from flora_export.cli.generate import generate
 from flora_export.cli.rebuild import rebuild
+from flora_export.cli.triton import triton
 from flora_export.cli.verify import verify
 
 
@@ -22,5 +23,5 @@ def main() -> None:
     """From an FFBA checkpoint to a fused, verified inference artifact."""
 
 
-for command in (build, verify, explain, generate, bench, rebuild):
+for command in (build, verify, explain, generate, bench, rebuild, triton):
     main.add_command(command)

@@ -1,0 +1,139 @@
+"""config.pbtxt: written for both models of a repository, and checked without a server.
+
+`decoder` takes what the graph takes, the KV cache with it, and keeps nothing. Its first dimension is the batch, so that the server may
+join requests of equal shapes. `generate` does its own scheduling. The live version is named in `version_policy`: a version goes live, and
+another comes back, by one replaced file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flora_export.artifact import Manifest, Tensor
+from flora_export.errors import BackendError
+
+DECODER, GENERATE = "decoder", "generate"
+CONFIG = "config.pbtxt"
+TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
+# What a decoder's files are called, and which of Triton's backends runs them. TensorRT's form has not been run by us.
+RUNTIMES = {"onnxruntime": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.engine")}
+KINDS = {"cpu": "KIND_CPU"}  # of instances; every other target is a GPU
+
+# name, type, dims, optional
+GENERATE_INPUTS = (
+    ("text_input", "TYPE_STRING", [1], True),
+    ("messages", "TYPE_STRING", [1], True),
+    ("max_tokens", "TYPE_INT32", [1], True),
+    ("temperature", "TYPE_FP32", [1], True),
+    ("top_p", "TYPE_FP32", [1], True),
+    ("top_k", "TYPE_INT32", [1], True),
+    ("seed", "TYPE_INT32", [1], True),
+    ("stop", "TYPE_STRING", [-1], True),
+    ("stream", "TYPE_BOOL", [1], True),
+    ("chat", "TYPE_BOOL", [1], True),
+)
+GENERATE_OUTPUTS = (
+    ("text_output", "TYPE_STRING", [1]),
+    ("finish_reason", "TYPE_STRING", [1]),
+    ("prompt_tokens", "TYPE_INT32", [1]),
+    ("new_tokens", "TYPE_INT32", [1]),
+)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a repository is served. `threads` are those of one operator, 0: the runtime's choice; `concurrent` requests of one instance."""
+
+    instances: int = 1
+    max_batch: int = 8
+    concurrent: int = 8
+    threads: int = 0
+    max_queue: int = 256
+    check_files: bool = True  # against the manifest, whenever `generate` is loaded
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A first request that the server sends itself: files in the model's directory `warmup`, by input, and their dimensions."""
+
+    files: dict[str, tuple[str, list[int]]]
+    zeros: dict[str, list[int]]
+
+
+def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup) -> str:
+    """config.pbtxt of `decoder`. Raises BackendError where Triton has no such backend or type."""
+    if manifest.backend not in RUNTIMES:
+        raise BackendError(f"a Triton repository cannot serve an artifact of backend {manifest.backend}; it serves {', '.join(RUNTIMES)}")
+    backend, file = RUNTIMES[manifest.backend]
+    lines = [f'name: "{DECODER}"', f'backend: "{backend}"', f'default_model_filename: "{file}"', f"max_batch_size: {serving.max_batch}"]
+    lines += [_tensor("input", *described, optional=False) for described in map(describe, manifest.inputs)]
+    lines += [_tensor("output", *described, optional=False) for described in map(describe, manifest.outputs)]
+    lines += _common(version, serving.instances, KINDS.get(manifest.target, "KIND_GPU"))
+    # Only requests of equal shapes are joined. No delay: a request is never kept waiting for company.
+    lines.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: 0\n{_queue_policy(serving.max_queue)}}}")
+    if serving.threads and backend == "onnxruntime":
+        lines.append(_parameter("intra_op_thread_count", serving.threads))
+    lines.append(_warmup(warmup, {tensor.name: describe(tensor)[1] for tensor in manifest.inputs}))
+    return "\n".join(lines) + "\n"
+
+
+def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup) -> str:
+    """config.pbtxt of `generate`."""
+    lines = [f'name: "{GENERATE}"', 'backend: "python"', 'default_model_filename: "model.py"', "max_batch_size: 0"]
+    lines.append("model_transaction_policy { decoupled: true }")
+    lines += [_tensor("input", name, kind, dims, optional=optional) for name, kind, dims, optional in GENERATE_INPUTS]
+    lines += [_tensor("output", name, kind, dims, optional=False) for name, kind, dims in GENERATE_OUTPUTS]
+    lines += _common(version, serving.instances, KINDS.get(manifest.target, "KIND_GPU"))
+    lines.append(f"dynamic_batching {{\n{_queue_policy(serving.max_queue)}}}")
+    lines.append(_parameter("concurrent_requests", serving.concurrent))
+    lines.append(_parameter("threads", serving.threads))
+    lines.append(_parameter("check_files", "true" if serving.check_files else "false"))
+    lines.append(_warmup(warmup, {name: kind for name, kind, *_ in GENERATE_INPUTS}))
+    return "\n".join(lines) + "\n"
+
+
+def describe(tensor: Tensor) -> tuple[str, str, list[int]]:
+    """A graph's tensor as Triton sees it: name, type, dimensions without the batch; -1 is any. Raises BackendError."""
+    if tensor.dtype not in TYPES:
+        raise BackendError(f"{tensor.name} has type {tensor.dtype}, which a Triton repository cannot serve; it can {', '.join(TYPES)}")
+    return tensor.name, TYPES[tensor.dtype], [d if isinstance(d, int) else -1 for d in tensor.shape[1:]]
+
+
+def _common(version: int, instances: int, kind: str) -> list[str]:
+    return [f"instance_group {{ count: {instances} kind: {kind} }}", f"version_policy {{ specific {{ versions: {version} }} }}"]
+
+
+def _queue_policy(most: int) -> str:
+    return f"  default_queue_policy {{ max_queue_size: {most} }}\n"
+
+
+def _parameter(key: str, value: object) -> str:
+    return f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+
+
+def _warmup(warmup: Warmup, types: dict[str, str]) -> str:
+    rows = [(name, dims, f'input_data_file: "{file}"') for name, (file, dims) in warmup.files.items()]
+    rows += [(name, dims, "zero_data: true") for name, dims in warmup.zeros.items()]
+    inputs = [f'  inputs {{ key: "{name}" value {{ data_type: {types[name]} dims: {dims} {data} }} }}' for name, dims, data in rows]
+    return "\n".join(["model_warmup {", '  name: "golden"', "  batch_size: 1", *inputs, "}"])
+
+
+def _tensor(side: str, name: str, kind: str, dims: Sequence[int], *, optional: bool) -> str:
+    return f'{side} {{ name: "{name}" data_type: {kind} dims: {list(dims)}{" optional: true" if optional else ""} }}'
+
+
+def parse(text: str) -> Any:
+    """Triton's own message ModelConfig. Raises ValueError where the text does not fit its schema, BackendError without tritonclient."""
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise BackendError(
+            f"config.pbtxt is checked with tritonclient, which is not there ({error}): pip install 'flora-export[triton]'"
+        ) from error
+    try:
+        return text_format.Parse(text, model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise ValueError(f"does not fit Triton's schema: {error}") from error

@@ -1,0 +1,298 @@
+"""Text generation inside the server: requests, the model in ONNX Runtime GenAI, and the loop that gives each request its turns.
+
+It knows nothing of Triton (model.py does), and needs of the server's Python only onnxruntime-genai and transformers, without torch.
+Tokens are transformers' own: ONNX Runtime GenAI's tokenizer was seen to split SmolLM2's white space in another way.
+
+ONNX Runtime GenAI's Python calls hold the interpreter's lock, so that threads would take turns anyway. One thread therefore runs all
+requests, a token of each in turn. Each has a generator of its own with its own KV cache, so that what a request gets depends on nothing
+beside it: the same bits as if it were alone.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+PREFILL = 512  # prompt tokens in one turn: a longer prompt would keep the others waiting
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+CHARACTERS_PER_TOKEN = 64  # a text of more than this for each token of the context is refused before it is tokenized
+
+
+class RequestError(ValueError):
+    """The request is wrong. The message goes to the client."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a request may set. Greedy, unless it sets a temperature above 0, or one of top_p, top_k and seed without a temperature."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    seed: int = -1  # -1: another one each time
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    chat: bool = True  # put text_input into the model's chat template
+
+    @staticmethod
+    def read(given: Mapping[str, Any]) -> Settings:
+        """Check what a request sets, by name. Raises RequestError."""
+        known = {field.name for field in fields(Settings)}
+        unknown = sorted(given.keys() - known)
+        if unknown:
+            raise RequestError(f"unknown parameter {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        values = dict(given)
+        if "temperature" not in values and values.keys() & {"top_p", "top_k", "seed"}:
+            values["temperature"] = 1.0
+        for name, (low, high) in {"max_tokens": (1, 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (-1, 2**31 - 1)}.items():
+            if name in values:
+                _expect(isinstance(values[name], int) and not isinstance(values[name], bool), name, values[name], "a whole number")
+                _expect(low <= values[name] <= high, name, values[name], f"between {low} and {high}")
+        for name, most in (("temperature", 100.0), ("top_p", 1.0)):
+            if name in values:
+                _expect(isinstance(values[name], (int, float)) and not isinstance(values[name], bool), name, values[name], "a number")
+                _expect(0.0 <= values[name] <= most, name, values[name], f"between 0 and {most:g}")  # false for NaN
+                values[name] = float(values[name])
+        _expect(values.get("top_p", 1.0) > 0, "top_p", values.get("top_p"), "above 0")
+        for name in ("stream", "chat"):
+            _expect(isinstance(values.get(name, False), bool), name, values.get(name), "true or false")
+        stop = values.get("stop", ())
+        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
+        sound = isinstance(values["stop"], tuple) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in values["stop"])
+        _expect(sound and len(values["stop"]) <= MAX_STOPS, "stop", stop, f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+        return Settings(**values)
+
+
+def _expect(true: bool, name: str, value: object, expected: str) -> None:
+    if not true:
+        raise RequestError(f"{name} is {value!r}, but must be {expected}")
+
+
+def read_messages(text: str) -> list[dict[str, str]]:
+    """A conversation: JSON, a list of {"role": ..., "content": ...}. Raises RequestError."""
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"messages is not JSON ({error})") from error
+    sound = isinstance(messages, list) and messages
+    if not sound or not all(isinstance(m, dict) and {"role", "content"} == m.keys() and all(isinstance(v, str) for v in m.values())
+                            for m in messages):  # fmt: skip
+        raise RequestError('messages must be a list such as [{"role": "user", "content": "Hello"}], of texts alone')
+    return messages  # type: ignore[no-any-return]
+
+
+class StopText:
+    """Lets text through up to the first stop text; holds back what may turn out to be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.hit = tuple(stops), "", False
+
+    def push(self, text: str, *, last: bool = False) -> str:
+        """Returns the text that may be shown now. `hit` is true once a stop text has come."""
+        if self.hit:
+            return ""
+        text = self.held + text
+        found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        if found:
+            self.held, self.hit = "", True
+            return text[: min(found)]
+        keep = 0
+        if not last:
+            keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+class Model:
+    """An artifact in ONNX Runtime GenAI: prompts to tokens, and a generator for each request."""
+
+    def __init__(self, directory: Path, threads: int = 0) -> None:
+        """Load it. `threads` of one operator; 0 leaves it to ONNX Runtime."""
+        import onnxruntime_genai as genai
+        import tokenizers
+        import transformers
+
+        self._genai = genai
+        config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.context: int = config["context_length"]
+        ends = config["eos_token_id"]
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        options: dict[str, Any] = {"session.intra_op.allow_spinning": "0"}  # an idle model leaves the processor to others
+        if threads:
+            options["intra_op_num_threads"] = threads
+        settings = genai.Config(str(directory))
+        settings.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self._model = genai.Model(settings)
+        transformers.logging.set_verbosity_error()  # it remarks on the class name that ONNX Runtime GenAI wants
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # One for each direction: they are used by two threads.
+        self._decoder = tokenizers.Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        self.has_template = bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str | None, messages: Sequence[Mapping[str, str]] | None, settings: Settings) -> list[int]:
+        """The prompt of a request as token ids. Raises RequestError where it is empty, or leaves no room in the context."""
+        if messages is not None and not self.has_template:
+            raise RequestError("messages were given, but this model has no chat template: give text_input")
+        if messages is None and settings.chat and self.has_template:
+            messages = [{"role": "user", "content": text or ""}]
+        size = len(text or "") if messages is None else sum(len(message["content"]) for message in messages)
+        if size > CHARACTERS_PER_TOKEN * self.context:
+            raise RequestError(f"a prompt of {size} characters is too long for a context of {self.context} tokens")
+        if messages is not None:
+            try:
+                text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template may raise anything about what it refuses, such as an unknown role
+                raise RequestError(f"the chat template refuses the messages ({error})") from error
+        tokens = list(self._tokenizer(text, add_special_tokens=messages is None)["input_ids"])
+        if not tokens:
+            raise RequestError("the prompt is empty")
+        if len(tokens) >= self.context:
+            raise RequestError(f"the prompt has {len(tokens)} tokens, but the context holds {self.context} with the answer: shorten it")
+        return tokens
+
+    def generator(self, prompt_tokens: int, settings: Settings) -> tuple[Any, int]:
+        """A generator for a prompt of so many tokens, and how many it may add."""
+        room = min(settings.max_tokens, self.context - prompt_tokens)
+        options: dict[str, Any] = {"max_length": prompt_tokens + room, "do_sample": settings.temperature > 0}
+        if settings.temperature > 0:
+            options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+            if settings.seed >= 0:
+                options["random_seed"] = settings.seed
+        parameters = self._genai.GeneratorParams(self._model)
+        parameters.set_search_options(**options)
+        return self._genai.Generator(self._model, parameters), room
+
+    def text(self) -> AnswerText:
+        """Where the tokens of a new answer become text."""
+        return AnswerText(self._decoder)
+
+
+class AnswerText:
+    """Tokens to text, one at a time. Half a character waits for its other half."""
+
+    def __init__(self, decoder: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._decoder, self._stream = decoder, DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that a token completes."""
+        self._tokens.append(token)
+        text: str = self._stream.step(self._decoder, token) or ""
+        self._shown += len(text)
+        return text
+
+    def rest(self) -> str:
+        """What is left when no more tokens come: a character that was never completed."""
+        return str(self._decoder.decode(self._tokens, skip_special_tokens=True))[self._shown :]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer. The last has a reason: "stop" (end token or stop text) or "length"; only it counts tokens."""
+
+    text: str
+    reason: str = ""
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+
+@dataclass
+class Job:
+    """One request on its way. `send` gets each piece; `fail` gets a message instead of the last; `cancelled` says that nobody listens."""
+
+    model: Model
+    prompt: list[int]
+    settings: Settings
+    send: Callable[[Piece], None]
+    fail: Callable[[str, str], None]  # (message, "cancelled" or "internal")
+    cancelled: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self._generator: Any = None
+        self._fed = self._count = 0
+        self._text = ""
+
+    def advance(self) -> bool:
+        """One turn: a part of the prompt, or a token. Returns whether the request is done."""
+        if self.cancelled():
+            self._generator = None  # its KV cache goes with it
+            self.fail("the client cancelled the request", "cancelled")
+            return True
+        if self._generator is None:
+            self._generator, self._room = self.model.generator(len(self.prompt), self.settings)
+            self._answer, self._stop = self.model.text(), StopText(self.settings.stop)
+        if self._fed < len(self.prompt):
+            self._generator.append_tokens(self.prompt[self._fed : self._fed + PREFILL])
+            self._fed += PREFILL
+            return False
+        self._generator.generate_next_token()
+        token = int(self._generator.get_next_tokens()[0])
+        self._count += 1
+        ended = token in self.model.ends
+        text = self._stop.push("" if ended else self._answer.push(token))
+        if ended or self._count >= self._room:
+            text += self._stop.push(self._answer.rest(), last=True)
+        reason = "stop" if ended or self._stop.hit else "length" if self._count >= self._room else ""
+        if self.settings.stream and text and not reason:
+            self.send(Piece(text))
+        elif not self.settings.stream:
+            self._text += text
+        if reason:
+            self._generator = None
+            new = self._count - ended
+            self.send(Piece(text if self.settings.stream else self._text, reason, len(self.prompt), new))
+        return bool(reason)
+
+
+class Scheduler:
+    """Gives jobs their turns, `slots` of them at a time."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = threading.Semaphore(slots)
+        self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Hand a job over; waits for a free slot, so that whoever queues does it where the server counts them."""
+        self._slots.acquire()
+        self._incoming.put(job)
+
+    def stop(self) -> None:
+        """Finish the jobs that run, and no others."""
+        self._incoming.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        active: deque[Job] = deque()
+        stopping = False
+        while not stopping or active:
+            while not stopping and (not active or not self._incoming.empty()):
+                job = self._incoming.get()
+                stopping = job is None
+                if job is not None:
+                    active.append(job)
+            if not active:
+                break
+            job = active.popleft()
+            try:
+                done = job.advance()
+            except Exception as error:  # one request's failure, such as a KV cache that finds no memory, is not the others'
+                traceback.print_exc()
+                job.fail(f"generation failed ({type(error).__name__}: {error})", "internal")
+                done = True
+            if done:
+                self._slots.release()
+            else:
+                active.append(job)

@@ -1,0 +1,269 @@
+"""A Triton model repository on disk: a version is written beside it, moved into it whole, and made live by one replaced file per model.
+
+    REPO/decoder/config.pbtxt           names the live version
+    REPO/decoder/3/                     the artifact itself: model.onnx, its weights, manifest.json, golden.safetensors, ...
+    REPO/decoder/3/config.pbtxt         what decoder/config.pbtxt is while version 3 is live
+    REPO/decoder/warmup/3.input_ids     the first request that the server sends itself
+    REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py
+
+Weights are copied once, so that nothing done to OUT later can reach a live version. (The onnx package refuses to read weights that have
+several hard links; ONNX Runtime reads them. `flora-export verify` is for OUT, and `check` proves that these are OUT's bytes.)
+A server that polls never sees half a version: a directory that no config.pbtxt names is not loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, changed_files, open_artifact
+from flora_export.backends.triton.check import config_faults
+from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config, parse
+from flora_export.errors import ArtifactError, BackendError
+
+MODELS = (DECODER, GENERATE)
+PROGRAM = {"generate.py": "model.py", "generation.py": "generation.py"}  # of `generate`: in this package -> in the version
+NO_CACHE = "This file keeps Python from writing here: a server that polls would take it for a change, and load the version again.\n"
+GENERATES = ("genai_config.json", "tokenizer.json", "tokenizer_config.json")  # what `generate` needs of an artifact
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A version that is written and not in the repository yet. `models` are those that it is for."""
+
+    artifact: Artifact
+    version: int
+    models: tuple[str, ...]
+    former: int | None  # the live version
+
+
+@contextlib.contextmanager
+def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator[Staged]:
+    """Write the artifact as the next version beside the repository; it goes live when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ArtifactError: the repository cannot be used, or the artifact cannot be served by it.
+        BackendError: it cannot be written, or its config.pbtxt would be wrong.
+    """
+    repo = repo.absolute()
+    if repo.exists() and not repo.is_dir():
+        raise ArtifactError(f"{repo} is no directory, so it cannot be a model repository")
+    try:
+        repo.mkdir(parents=True, exist_ok=True)
+        with _scratch(repo) as scratch:
+            models = _models(artifact, repo)
+            former = live(repo)[DECODER] if (repo / DECODER).exists() else None
+            version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
+            staged = Staged(_write(artifact, scratch, version, models, serving), version, models, former)
+            yield staged
+            for model in staged.models:
+                _move_in(scratch / model, repo / model, staged.version)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackendError(
+            f"{repo}: the version could not be published ({reason}); what was live still is. A version is written beside the repository "
+            "and moved in, so the repository must not be a mount point itself."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            repo.rmdir()  # only where it is empty: the first version did not come to be
+
+
+def versions(repo: Path, model: str) -> list[int]:
+    """The versions of a model that the repository holds, oldest first."""
+    directory = repo / model
+    found = [int(path.name) for path in directory.iterdir() if path.name.isdecimal()] if directory.is_dir() else []
+    return sorted(found)
+
+
+def live(repo: Path) -> dict[str, int]:
+    """The live version of each model in a repository. Raises ArtifactError where it is none of ours, or a configuration is broken."""
+    found = {}
+    for model in MODELS:
+        file = repo / model / CONFIG
+        if file.is_file():
+            try:
+                (found[model],) = parse(file.read_text(encoding="utf-8")).version_policy.specific.versions
+            except (ValueError, OSError) as error:
+                raise ArtifactError(f"{file} names no live version ({error}). Publish again, or roll back with --to N.") from error
+    if DECODER not in found:
+        raise ArtifactError(
+            f"{repo} is no model repository of ours: it has no {DECODER}/{CONFIG}. Make one with `flora-export triton OUT REPO`."
+        )
+    return found
+
+
+def make_live(repo: Path, version: int) -> None:
+    """Make a version live that the repository holds, after its files were found to be what they should be.
+
+    Raises:
+        ArtifactError: there is no such version, or it is damaged.
+        BackendError: the repository cannot be written.
+    """
+    repo = repo.absolute()
+    held = versions(repo, DECODER)
+    if version not in held:
+        raise ArtifactError(f"{repo} has no version {version}; it has {', '.join(map(str, held)) or 'none'}")
+    faults = version_faults(repo, version)
+    if faults:
+        raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
+    try:
+        with _scratch(repo) as scratch:
+            for model in MODELS:
+                if version in versions(repo, model):
+                    kept = shutil.copyfile(repo / model / str(version) / CONFIG, scratch / model)
+                    _replace(kept, repo / model / CONFIG)
+    except OSError as error:
+        raise BackendError(f"{repo}: version {version} could not be made live ({error.strerror or error})") from error
+
+
+def check(repo: Path) -> list[str]:
+    """What is wrong with a repository, a line each: configurations, live versions that differ, damaged files."""
+    serving = live(repo)
+    faults = []
+    if len(set(serving.values())) > 1:
+        faults.append(f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in serving.items())}): publish or roll back again")
+    for model, version in serving.items():
+        if version not in versions(repo, model):
+            faults.append(f"{model}/{CONFIG} names version {version}, which is not there")
+        else:
+            faults += config_faults(repo / model, open_artifact(repo / model / str(version)).manifest)
+    for version in sorted(set(serving.values()) & set(versions(repo, DECODER))):
+        faults += version_faults(repo, version)
+    return list(dict.fromkeys(faults))
+
+
+def version_faults(repo: Path, version: int) -> list[str]:
+    """What is wrong with the files of a version, a line each."""
+    faults: list[str] = []
+    for model in MODELS:
+        directory = repo / model / str(version)
+        if directory.is_dir():
+            text = (directory / CONFIG).read_text(encoding="utf-8") if (directory / CONFIG).is_file() else ""
+            artifact = open_artifact(directory)
+            faults += config_faults(repo / model, artifact.manifest, text)
+            faults += [f"{model}/{version}/{fault}" for fault in changed_files(artifact)]
+    return faults
+
+
+def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
+    """The models that an artifact can be served as. Raises ArtifactError where the repository has others."""
+    can = MODELS if artifact.manifest.files.keys() >= set(GENERATES) else (DECODER,)
+    for model in MODELS:
+        held = versions(repo, model)
+        if (repo / model).exists() and not (held and (repo / model / str(held[-1]) / MANIFEST).is_file()):
+            raise ArtifactError(f"{repo / model} is there already and was not published by flora-export. Choose another repository.")
+        if held and model not in can:
+            raise ArtifactError(f"{repo} serves {model}, but the artifact has no {' or no '.join(GENERATES)}. Choose another repository.")
+    return can
+
+
+def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, ...], serving: Serving) -> Artifact:
+    """The models of a version, in the layout of a repository. Returns the decoder's version, which is an artifact itself."""
+    decoder, generate = scratch / DECODER / str(version), scratch / GENERATE / str(version)
+    decoder.mkdir(parents=True)
+    for name in (*artifact.manifest.files, MANIFEST, REPORT):
+        if (artifact.path / name).is_file():
+            shutil.copyfile(artifact.path / name, decoder / name)
+        elif name != REPORT:
+            raise ArtifactError(f"{artifact.path}: {name} is missing. Build the artifact again.")
+    texts = {DECODER: decoder_config(artifact.manifest, version, serving, _decoder_warmup(artifact, scratch / DECODER / "warmup", version))}
+    if GENERATE in models:
+        generate.mkdir(parents=True)
+        for file in decoder.iterdir():
+            _link(file, generate / file.name)
+        for source, name in PROGRAM.items():
+            shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
+        (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
+        warmup = _generate_warmup(scratch / GENERATE / "warmup", version)
+        texts[GENERATE] = generate_config(artifact.manifest, version, serving, warmup)
+    faults = []
+    for model, text in texts.items():
+        (scratch / model / CONFIG).write_text(text, encoding="utf-8")
+        (scratch / model / str(version) / CONFIG).write_text(text, encoding="utf-8")
+        faults += config_faults(scratch / model, artifact.manifest)
+    if faults:
+        raise BackendError(f"the configuration would be wrong: {'; '.join(faults)}")
+    return open_artifact(decoder)
+
+
+def _decoder_warmup(artifact: Artifact, directory: Path, version: int) -> Warmup:
+    """A golden prompt as the decoder's first request: prefill, on a KV cache of no tokens."""
+    file = artifact.path / GOLDEN
+    try:
+        with safe_open(file, framework="numpy") as golden:
+            ids = golden.get_tensor("prompt.0.input_ids")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{file} cannot be read ({error}); an artifact is served only with golden vectors. Build it with verification."
+        ) from error
+    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids))}
+    directory.mkdir()
+    files, zeros = {}, {}
+    for name, _, dims in map(describe, artifact.manifest.inputs):
+        if name in known:
+            files[name] = (f"{version}.{name}", [len(ids)])
+            (directory / f"{version}.{name}").write_bytes(known[name].astype("<i8").tobytes())
+        else:
+            zeros[name] = [max(d, 0) for d in dims]  # [KV heads, 0, head size]
+    return Warmup(files, zeros)
+
+
+def _generate_warmup(directory: Path, version: int) -> Warmup:
+    """A question, and one token as its answer. A server whose Python cannot read texts fails here, and not at a client's request."""
+    directory.mkdir()
+    text = b"Hello"
+    (directory / f"{version}.text_input").write_bytes(len(text).to_bytes(4, "little") + text)
+    (directory / f"{version}.max_tokens").write_bytes((1).to_bytes(4, "little"))
+    return Warmup({name: (f"{version}.{name}", [1]) for name in ("text_input", "max_tokens")}, {})
+
+
+def _move_in(source: Path, target: Path, version: int) -> None:
+    if not target.exists():
+        source.rename(target)
+        return
+    (source / str(version)).rename(target / str(version))
+    if (source / "warmup").is_dir():
+        (target / "warmup").mkdir(exist_ok=True)
+        for file in (source / "warmup").iterdir():
+            file.rename(target / "warmup" / file.name)
+    _replace(source / CONFIG, target / CONFIG)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename over, once the bytes are on disk."""
+    with source.open("rb") as stream:
+        os.fsync(stream.fileno())
+    source.replace(target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def _scratch(repo: Path) -> Iterator[Path]:
+    """A directory beside the repository, for one publisher at a time; what killed ones have left goes."""
+    prefix = f".{repo.name}.publishing-"
+    lock = os.open(repo, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
+            yield Path(directory)
+    finally:
+        os.close(lock)

@@ -1,0 +1,78 @@
+"""triton: publish an artifact in a Triton model repository, roll back, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from flora_export.cli.common import DIRECTORY, json_option, print_json, progress, run_command
+
+
+@click.command()
+@click.argument("paths", type=DIRECTORY, nargs=-1, required=True, metavar="[OUT] REPO")
+@click.option("--instances", type=click.IntRange(min=1), default=1, show_default=True, help="Copies of each model that the server loads.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Requests that `decoder` joins at most.")
+@click.option("--concurrent", type=click.IntRange(min=1), default=8, show_default=True, help="Requests that a `generate` works on at once.")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, show_default=True, help="Threads of one operator; 0: the runtime's choice."
+)
+@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more are refused.")
+@click.option("--check-files/--no-check-files", default=True, show_default=True, help="Check hashes whenever `generate` is loaded.")
+@click.option("--rollback", is_flag=True, help="Make the version before the live one live again; takes REPO alone.")
+@click.option("--to", type=click.IntRange(min=1), metavar="N", help="Make version N live; takes REPO alone.")
+@click.option("--check", is_flag=True, help="Check configurations and files without a server; takes REPO alone.")
+@json_option
+def triton(
+    paths: tuple[Path, ...],
+    instances: int,
+    max_batch: int,
+    concurrent: int,
+    threads: int,
+    max_queue: int,
+    check_files: bool,
+    rollback: bool,
+    to: int | None,
+    check: bool,
+    as_json: bool,
+) -> None:
+    """Publish the artifact OUT as the next version in the Triton model repository REPO. It goes live once its golden vectors replay."""
+    action = rollback or to is not None or check
+    if rollback + (to is not None) + check > 1:
+        raise click.UsageError("--rollback, --to and --check exclude each other.")
+    if len(paths) != (1 if action else 2):
+        raise click.UsageError("--rollback, --to and --check take REPO alone." if action else "Give OUT and REPO.")
+    repo = paths[-1]
+
+    def run() -> int:
+        from flora_export import publish as publishing
+        from flora_export.artifact import open_artifact
+        from flora_export.backends.triton import repository
+        from flora_export.backends.triton.config import Serving
+
+        if check:
+            live, faults = repository.live(repo), repository.check(repo)
+            if as_json:
+                print_json({"live": live, "faults": faults})
+            else:
+                click.echo(
+                    "\n".join([f"{model}: version {version} is live" for model, version in live.items()] + (faults or ["no faults"]))
+                )
+            return 1 if faults else 0
+        if action:
+            done = publishing.roll_back(repo, to)
+        else:
+            serving = Serving(instances, max_batch, concurrent, threads, max_queue, check_files)
+            done = publishing.publish(open_artifact(paths[0]), repo, serving, progress())
+        if as_json:
+            print_json({"repository": str(repo), "version": done.version, "former": done.former, "models": done.models})
+        else:
+            click.echo(published_text(repo, done.version, done.former, done.models))
+        return 0
+
+    run_command(run, as_json)
+
+
+def published_text(repo: Path, version: int, former: int | None, models: tuple[str, ...]) -> str:
+    before = f" (before: version {former})" if former is not None else ""
+    return f"{repo}: version {version} is live{before}: {', '.join(models)}"

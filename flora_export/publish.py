@@ -1,0 +1,111 @@
+"""publish(): an artifact becomes the live version of a Triton model repository, if what is there computes what it should."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flora_export.artifact import Artifact, changed_files, open_artifact
+from flora_export.backends import load_backend
+from flora_export.backends.triton.config import GENERATE, Serving
+from flora_export.backends.triton.models.generation import Model, Settings
+from flora_export.backends.triton.repository import live, make_live, staged_version, versions
+from flora_export.base_model import read_json
+from flora_export.errors import ArtifactError, BackendError, VerificationError
+from flora_export.generate import end_tokens
+from flora_export.pipeline import BuildOptions, build
+from flora_export.verify.golden import replay
+from flora_export.verify.prompts import PROMPTS
+from flora_export.verify.report import Report
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A version that went live, the one that was live before it, and the models that serve it."""
+
+    version: int
+    former: int | None
+    models: tuple[str, ...]
+
+
+def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress) -> Published:
+    """Copy the artifact into the repository as its next version, prove the copy, and make it live.
+
+    Raises:
+        VerificationError: a file is damaged, or the golden vectors do not replay; what was live still is.
+        FloraExportError: its other subclasses say what failed.
+    """
+    progress("writing the version", 0, 1)
+    with staged_version(artifact, repo, serving) as staged:
+        progress("checking its files", 0, 1)
+        faults = changed_files(staged.artifact)
+        if not faults:
+            progress("replaying golden vectors", 0, 1)
+            faults = replay(staged.artifact, load_backend(artifact.manifest.backend).Decoder(staged.artifact))
+        if not faults and GENERATE in staged.models:
+            progress("loading what `generate` runs", 0, 1)
+            faults = generation_faults(staged.artifact)
+        if faults:
+            raise VerificationError("\n  ".join([f"the version does not go live in {repo}:", *faults]), {"causes": faults})
+    return Published(staged.version, staged.former, staged.models)
+
+
+def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:
+    """`build --backend triton`: an ONNX Runtime artifact, built beside the repository, published in it, and gone again.
+
+    Returns the artifact as it lies in the repository, and its report.
+
+    Raises:
+        ArtifactError: there is a repository already and `options.force` is not given, or the build is not to be verified.
+        FloraExportError: as `build` and `publish`.
+    """
+    repo = repo.absolute()
+    if repo.exists() and not options.force:
+        raise ArtifactError(f"{repo} exists already. Pass --force to publish a new version there, beside those that it has.")
+    if not options.verify:
+        raise ArtifactError("--no-verify records no golden vectors, and without them no version goes live. Build and verify, then publish.")
+    repo.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{repo.name}.artifact-", dir=repo.parent) as scratch:
+        artifact, report = build(ckpt, base_name, Path(scratch) / "out", replace(options, backend="onnxruntime", force=False), progress)
+        published = publish(artifact, repo, Serving(), progress)
+    return open_artifact(repo / "decoder" / str(published.version)), report
+
+
+def roll_back(repo: Path, to: int | None) -> Published:
+    """Make an earlier version live again: `to`, or the newest before the live one.
+
+    Raises:
+        ArtifactError: there is no such version, or its files are damaged.
+    """
+    former = None
+    if to is None:
+        former = live(repo)["decoder"]
+        earlier = [version for version in versions(repo, "decoder") if version < former]
+        if not earlier:
+            raise ArtifactError(f"{repo}: version {former} is live, and there is none before it")
+        to = earlier[-1]
+    make_live(repo, to)
+    return Published(to, former, tuple(live(repo)))
+
+
+def generation_faults(artifact: Artifact) -> list[str]:
+    """Whether the artifact runs in what `generate` runs it in, and ends its answers where the artifact says, a line each."""
+    try:
+        served = Model(artifact.path)
+        served.encode(PROMPTS[0], None, Settings())
+    except ImportError as error:
+        raise BackendError(
+            f"`generate` runs in ONNX Runtime GenAI, which is not there ({error}): pip install 'flora-export[genai]'"
+        ) from error
+    except Exception as error:  # ONNX Runtime GenAI and transformers have no types of their own for what they refuse
+        return [f"ONNX Runtime GenAI and the tokenizer do not load for `generate`: {error}"]
+    ends = end_tokens(artifact, read_json(artifact.path / "config.json", "model configuration"))
+    return (
+        [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]
+        if served.ends != ends
+        else []
+    )
