@@ -50,6 +50,7 @@ cpp-dependencies: $(VENV)/installed
 bench: $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)
+	$(BIN)/python benchmarks/engines.py --base $(BASE)
 
 # The README's measured section, from benchmarks/results/.
 readme-tables: $(VENV)/installed

@@ -24,10 +24,9 @@ METRICS = ("tpot", "ttft", "total")
 
 def section() -> str:
     """The measured section, without its heading."""
-    decode, build, training = (
-        json.loads((ROOT / file).read_text())
-        for file in ("benchmarks/results/decode.json", "benchmarks/results/build.json", "examples/01_train_ffba/adapter/training.json")
-    )
+    results = "benchmarks/results"
+    files = (f"{results}/decode.json", f"{results}/build.json", f"{results}/engines.json", "examples/01_train_ffba/adapter/training.json")
+    decode, build, engines, training = (json.loads((ROOT / file).read_text()) for file in files)
     settings = decode["settings"]
     past, prompt, new = settings["past_tokens"][0], settings["prompt_tokens"][0], settings["new_tokens"]
     scores = f"{training['exact_before']:.2f} to {training['exact_after']:.2f}"
@@ -45,6 +44,7 @@ def section() -> str:
             f"at {build['ratio_memory']:.2f} times its peak memory ([build.json](benchmarks/results/build.json)):",
             "weights are widened one at a time, as they are written.",
         ],
+        engine_paragraph(engines),
         [
             f"The example's adapter (rank 8, 0.7 M parameters, {training['training_seconds'] / 60:.0f} minutes of training on two cores)",
             f"takes exact answers on {training['held_out_problems']} held-out word problems from {scores}",
@@ -64,6 +64,21 @@ def rows(decode: dict[str, Any]) -> list[str]:
         ratios = [(m["ratio_to_base"], *m["ratio_interval"]) for m in (cells[(arm, metric)] for metric in METRICS)]
         table.append(f"| {name} | " + " | ".join(f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios) + " |")
     return table
+
+
+def engine_paragraph(engines: dict[str, Any]) -> list[str]:
+    """What a decode step of an engine is made of, with a growing cache."""
+    arms = {row["arm"]: row for row in engines["arms"] if row["kv_cache"] == "growing"}
+    kernels = {arm: row["kernels"]["decode"] for arm, row in arms.items()}
+    gemms = {arm: row["gemms"]["decode"] for arm, row in arms.items()}
+    assert gemms["fused"] == gemms["base"] and kernels["fused"] - kernels["base"] == engines["layers"], "the sentence below is not true"
+    return [
+        f"In an engine of {engines['flavour']} {engines['version']} ({engines['precision']}, rank {engines['rank']}),",
+        f"a decode step of the fused model has the base's {gemms['base']} GEMMs",
+        f"and one more kernel per attention block: {kernels['fused']}, the base {kernels['base']}.",
+        f"Unfused it has {kernels['unfused']}, with LoRA {kernels['lora']} and {gemms['lora']} GEMMs",
+        "([engines.json](benchmarks/results/engines.json); counted from the builder's list of layers, not timed).",
+    ]
 
 
 def milliseconds(decode: dict[str, Any], arm: str, metric: str) -> float:
