@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flora_export.artifact import Artifact
+from flora_export.backends import Limits
 from flora_export.errors import BackendError
 
 CONFIG = "genai_config.json"
@@ -28,7 +29,7 @@ class GenaiTokens:
             raise BackendError(f"onnxruntime-genai cannot be imported ({error}): pip install 'flora-export[genai]'") from error
         if artifact.manifest.backend != "onnxruntime" or not (artifact.path / CONFIG).is_file():
             raise BackendError(f"ONNX Runtime GenAI runs a graph for ONNX Runtime with a {CONFIG}; {artifact.path} is or has none")
-        self.og, self.path, self.rows = og, artifact.path, rows
+        self.og, self.path, self.rows, self.limits = og, artifact.path, rows, Limits()
         # Padding tokens at a prompt's end count as padding, in a single prompt as well, silently: take one that ends no prompt.
         last = {row[-1] for row in rows}
         self.padding = next(token for token in range(len(last) + 1) if token not in last)

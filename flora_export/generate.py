@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flora_export.artifact import Artifact
-from flora_export.backends import load_backend
+from flora_export.backends import Limits, load_backend
 from flora_export.base_model import GENERATION, read_json
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
 from flora_export.genai import GenaiTokens
@@ -32,6 +32,8 @@ class Answer:
 
 class Tokens(Protocol):
     """Greedy tokens of a batch, one of each row at a time."""
+
+    limits: Limits
 
     def start(self, room: int) -> list[int]: ...
     def step(self) -> list[int]: ...
@@ -70,7 +72,13 @@ def generate(
         )
     ends = end_tokens(artifact, config)
     source, name = _tokens(artifact, rows, ends, runtime, adapter)
-    room = min(max_new_tokens, room)
+    limits = source.limits
+    room = min(max_new_tokens, room, limits.total - max(map(len, rows)))
+    if room < 1 or max(map(len, rows)) > limits.prompt or len(rows) > limits.batch:
+        raise ArtifactError(
+            f"{len(rows)} prompts of {[len(row) for row in rows]} tokens: {artifact.path} was built for up to {limits.batch} prompts of "
+            f"{limits.prompt} tokens, and {limits.total} in all"
+        )
 
     started = time.perf_counter()
     tokens = source.start(room)
@@ -105,6 +113,7 @@ class _DecoderTokens:
     def __init__(self, artifact: Artifact, rows: list[list[int]], *, adapter: bool) -> None:
         self.decoder: Any = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
         self.rows = rows
+        self.limits = self.decoder.limits
 
     def start(self, room: int) -> list[int]:
         self.tokens = [int(logits[-1].argmax()) for logits in self.decoder.start(self.rows)]
@@ -125,7 +134,8 @@ def _tokens(artifact: Artifact, rows: list[list[int]], ends: set[int], runtime: 
         except BackendError:
             if runtime == "genai":
                 raise
-    return _DecoderTokens(artifact, rows, adapter=adapter), "decoder"
+    source = _DecoderTokens(artifact, rows, adapter=adapter)
+    return source, source.decoder.runtime
 
 
 def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:

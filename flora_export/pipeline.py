@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import LAYERS, REPORT, Artifact, open_artifact, seal, staged, writing
+from flora_export.artifact import REPORT, Artifact, open_artifact, seal, staged, writing
 from flora_export.backends import capture_form, default_align, load_backend
-from flora_export.base_model import BaseModel, load_base, read_json
+from flora_export.base_model import BaseModel, load_base
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, VerificationError
@@ -71,14 +71,18 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         progress("reading the checkpoint", 0, 1)
         base, checkpoint = load_sources(ckpt, base_name)
         backend = load_backend(options.backend)
-        progress("capturing the base model", 0, 1)
         target, form = capture_form(options.backend, options.target)
+        more: dict[str, Any] = {}
+        if options.engine is not None:
+            prompts, _ = encode_prompts(base.path, base.vocabulary, _longest(base, options.cache_tokens))
+            plan = backend.prepare(options.engine, base, options.cache_tokens, prompts[:PROMPT_COUNT], STEPS)
+            more = {"plan": plan, "stage": lambda what: progress(what, 0, 1)}
+        progress("capturing the base model", 0, 1)
         captured = capture(base, form, options.precision)
         progress("fusing", 0, 1)
         align = default_align(options.backend, options.precision) if options.align is None else options.align
         fused = fuse_adapter(captured, base, checkpoint, options.fuse, align=align, cache_tokens=options.cache_tokens)
         with writing(output):
-            more = {} if options.engine is None else {"options": options.engine, "stage": lambda what: progress(what, 0, 1)}
             manifest = backend.write(fused, directory, target, lambda done, of: progress("writing", done, of), **more)
         del captured, fused  # the weights: what comes next needs the room
         gc.collect()  # mobius's package refers to itself
@@ -139,15 +143,13 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     progress("loading eager PyTorch", 0, 1)
     truth = Reference(base, checkpoint.path)
     runners = _runner(artifact), _runner(artifact, adapter=False)
-    context = min(base.context, artifact.manifest.cache_tokens or base.context)
-    prompts, source = encode_prompts(artifact, base.vocabulary, context - STEPS - 1, options.prompts)
+    limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
+    longest = min(_longest(base, limits.total), limits.prompt)
+    prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, options.prompts)
     expected = expect(truth, prompts, lambda done, of: progress("asking eager PyTorch", done, of))
     budget = sum(file.stat().st_size for file in base.weights) // 4
     near_limit = expect_near_limit(truth, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
     if options.golden:
-        check = getattr(load_backend(artifact.manifest.backend), "check_golden", None)
-        if check is not None:
-            check(artifact, prompts[:PROMPT_COUNT], STEPS)
         with writing(artifact.path):
             write_golden(expected, artifact.path)
     hosts = {record.block: record for record in artifact.manifest.blocks}
@@ -156,8 +158,7 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     progress("measuring the noise floor", 0, 1)
     truth.to_precision(artifact.manifest.precision)
     measure_floors(truth, expected)
-    if artifact.manifest.precision != "fp32":
-        measure_floors(truth, near_limit[:1], near_limit[1])
+    measure_floors(truth, near_limit[:1], near_limit[1])
     del truth
     numerics = compare(
         expected,
@@ -169,13 +170,18 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
         progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)
-    return Report(LedgerReport(), numerics, blocks=blocks, environment=_environment(runners[0]))
+    return Report(LedgerReport(), numerics, blocks=blocks, environment=_environment(*runners))
+
+
+def _longest(base: BaseModel, room: int) -> int:
+    """The longest prompt that leaves room for the steps after it; `room` is a cache's or an engine's, or 0."""
+    return min(base.context, room or base.context) - STEPS - 1
 
 
 def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
     from flora_export.reference import Reference
 
-    prompts, _ = encode_prompts(artifact, base.vocabulary, base.context)
+    prompts, _ = encode_prompts(artifact.path, base.vocabulary, _longest(base, artifact.manifest.cache_tokens))
     return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
 
 
@@ -184,8 +190,10 @@ def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
     return runner
 
 
-def _environment(runner: Runner | None = None) -> dict[str, str]:
-    ran = {} if runner is None else {"runtime": runner.runtime}
+def _environment(*runners: Runner) -> dict[str, str]:
+    """The machine, and what the artifact was run in; without its adapter as well, where that is something else."""
+    names = list(dict.fromkeys(runner.runtime for runner in runners))
+    ran = {"runtime": "; without its adapter in ".join(names)} if names else {}
     return ran | {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
 
 
@@ -199,7 +207,13 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) ->
         artifact = open_artifact(path)
         progress("checking the ledger", 0, 1)
         manifest, report = artifact.manifest, check_ledger(artifact)
-        gemms = read_json(path / LAYERS, "layers of the engine")["gemms"] if manifest.engine else []
+        gemms = []
+        if manifest.backend == "tensorrt":
+            from flora_export.backends.tensorrt import read_gemms
+            from flora_export.backends.tensorrt.plan import engine_plan
+
+            engine_plan(artifact)  # it is sound
+            gemms = read_gemms(artifact)
         return Explanation(manifest.blocks, manifest.operators, manifest.ledger, report, manifest.align, manifest.engine, gemms)
     base, checkpoint = load_sources(path, base_name)
     progress("capturing the base model", 0, 1)
@@ -220,4 +234,5 @@ def lint_for_tensorrt(path: Path, base_name: str | None, fuse: str, progress: Pr
         return lint(load_graph(open_artifact(path)))
     base, checkpoint = load_sources(path, base_name)
     progress("capturing the base model", 0, 1)
-    return lint(fuse_adapter(capture(base, "tensorrt", "fp16"), base, checkpoint, fuse).model)
+    graphs = [fuse_adapter(capture(base, "tensorrt", precision), base, checkpoint, fuse).model for precision in ("fp16", "fp32")]
+    return list(dict.fromkeys(fault for graph in graphs for fault in lint(graph)))

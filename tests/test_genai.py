@@ -82,11 +82,11 @@ def test_generate_uses_it(spoken: tuple[Path, Path, Path]) -> None:
         pieces: list[str] = []
         got = generate(artifact, prompts, max_new_tokens=STEPS, runtime=runtime, on_text=pieces.append)
         assert [answer.text for answer in got] == expected
-        assert {answer.runtime for answer in got} == {"decoder" if runtime == "decoder" else "genai"}
+        assert all(answer.runtime.startswith("ONNX Runtime" if runtime == "decoder" else "genai") for answer in got)
         assert "".join(pieces) == expected[0]
         assert max(map(len, pieces)) == 1  # each letter as it comes
     (bare,) = generate(artifact, prompts[:1], max_new_tokens=STEPS, adapter=False)
-    assert bare.runtime == "decoder"
+    assert bare.runtime.startswith("ONNX Runtime")
     assert bare.text != expected[0]
 
 
@@ -104,7 +104,7 @@ def test_the_command_says_which_it_was(spoken: tuple[Path, Path, Path]) -> None:
 def test_where_it_is_not_installed(spoken: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     artifact = open_artifact(spoken[2])
-    assert generate(artifact, ["丅"], max_new_tokens=2)[0].runtime == "decoder"
+    assert generate(artifact, ["丅"], max_new_tokens=2)[0].runtime.startswith("ONNX Runtime")
     with pytest.raises(BackendError, match=r"pip install 'flora-export\[genai\]'"):
         generate(artifact, ["丅"], max_new_tokens=2, runtime="genai")
 

@@ -145,5 +145,5 @@ def test_generate_is_onnxruntime_genai_and_says_what_eager_does(built: tuple[Pat
     assert [a.text for a in answers] == [tokenizer.decode(recorded[f"prompt.{i}.tokens"], skip_special_tokens=True) for i in range(2)]
     assert len([piece for piece in pieces if piece]) > 8
     (adapted,), (bare,) = (generate(artifact, [QUESTION], max_new_tokens=64, adapter=adapter) for adapter in (True, False))
-    assert (adapted.runtime, bare.runtime) == ("genai", "decoder")
+    assert adapted.runtime == "genai" and bare.runtime.startswith("ONNX Runtime")
     assert adapted.text == "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18" != bare.text

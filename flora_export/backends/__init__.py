@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 from flora_export.errors import BackendError, FloraExportError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a runner takes, beyond the model's own context: tokens of a prompt, tokens in all, rows of a batch."""
+
+    prompt: int = 2**31
+    total: int = 2**31
+    batch: int = 2**31
+
 
 # name -> module with TARGETS, `write(Fused, directory, target, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file
 # and one line here.

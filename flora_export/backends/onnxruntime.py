@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from flora_export.artifact import Artifact, Manifest, Tensor
+from flora_export.backends import Limits
 from flora_export.errors import BackendError
 from flora_export.ledger import Progress, block_records, write_model
 from flora_export.passes import Fused, operator_counts
@@ -135,6 +136,7 @@ class Decoder:
         self.cache: dict[str, Any] = {}
         self.inputs = {i.name for i in self.session.get_inputs()}
         self.runtime = f"ONNX Runtime {ort.__version__}, {provider}"
+        self.limits = Limits(self.places, self.places) if self.places else Limits()
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
@@ -173,6 +175,8 @@ class Decoder:
 
     def _run(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Logits:
         feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
+        if self.places and int(positions.max()) >= self.places:
+            raise BackendError(f"position {positions.max()} is beyond the {self.places} places of the artifact's KV cache")
         values = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in feeds.items() if n in self.inputs}
         try:
             results = self.session.run_with_ort_values(self.outputs, values | self.cache)

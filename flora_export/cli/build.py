@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flora_export.backends import BACKENDS, PLANNED, PUBLISHED
+from flora_export.backends import BACKENDS, PLANNED, PUBLISHED, load_backend
 from flora_export.branch import FUSE_LEVELS
 from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
 from flora_export.cli.engine_options import engine_options, refuse_engine_options
@@ -61,13 +61,19 @@ def build(
 
         engine, cache_tokens = None, 0
         if backend == "tensorrt":
-            from flora_export.backends.tensorrt import plan
-
+            plan = load_backend(backend).plan
             cache_tokens = plan.parse_cache(kv_cache)
             engine = plan.EngineOptions(
-                trt_flavor, plan.parse_capabilities(compute_capability), plan.parse_ranges(profile), workspace, timing_cache,
-                version_compatible, refittable, compare_base, engine_cache,
-            )  # fmt: skip
+                flavour=trt_flavor,
+                compute_capabilities=plan.parse_capabilities(compute_capability),
+                ranges=plan.parse_ranges(profile),
+                workspace_mib=workspace,
+                timing_cache=timing_cache,
+                version_compatible=version_compatible,
+                refittable=refittable,
+                compare_base=compare_base,
+                cache=engine_cache,
+            )
         else:
             refuse_engine_options(context, backend)
         options = pipeline.BuildOptions(

@@ -38,10 +38,6 @@ _OPTIONS = (
     click.option("--compare-base/--no-compare-base", default=True, show_default=True, help="Build the base model's engine as well."),
     engine_cache_option,
 )
-NAMES = {
-    "trt_flavor", "compute_capability", "profile", "kv_cache", "workspace", "timing_cache", "version_compatible", "refittable",
-    "compare_base", "engine_cache",
-}  # fmt: skip
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +49,9 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def refuse_engine_options(context: click.Context, backend: str) -> None:
     """Raise UsageError where an option of an engine was given to a backend that has none."""
-    given = click.core.ParameterSource.DEFAULT
+    bare = click.Command("engine")
+    engine_options(bare)
+    names = {parameter.name for parameter in bare.params}
     for parameter in context.command.params:
-        if parameter.name in NAMES and context.get_parameter_source(parameter.name) != given:
+        if parameter.name in names and context.get_parameter_source(parameter.name or "") != click.core.ParameterSource.DEFAULT:
             raise click.UsageError(f"{parameter.opts[0]} is for --backend tensorrt, but --backend is {backend}.")

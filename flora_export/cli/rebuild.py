@@ -23,10 +23,11 @@ def rebuild(out: Path, trt_flavor: str, compute_capability: str | None, engine_c
     """
 
     def run() -> int:
-        from flora_export.backends.tensorrt.plan import EngineOptions, parse_capabilities
+        from flora_export.backends import load_backend
         from flora_export.rebuild import rebuild as make
 
-        options = EngineOptions(trt_flavor, parse_capabilities(compute_capability), cache=engine_cache)
+        plan = load_backend("tensorrt").plan
+        options = plan.EngineOptions(trt_flavor, plan.parse_capabilities(compute_capability), cache=engine_cache)
         artifact, ran = make(out, options, progress())
         if as_json:
             print_json({"output": str(out), "engine": artifact.manifest.engine, "runtime": ran, "files": artifact.manifest.files})

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from flora_export.backends import Limits
 from flora_export.verify.numerics import TOLERANCES, Expected, Logits, Numerics, difference, judge, measure
 
 STEPS = 16  # cached decode steps per prompt
@@ -33,6 +34,7 @@ class Runner(Protocol):
     """An artifact in its runtime, which `runtime` names."""
 
     runtime: str
+    limits: Limits
 
     def start(self, prompts: list[list[int]]) -> list[Logits]: ...
     def step(self, tokens: list[int]) -> Logits: ...
@@ -56,9 +58,6 @@ def expect_near_limit(
     truth: Truth, shapes: Sequence[tuple[int, int]], context: int, tokens: list[int], budget: int
 ) -> tuple[Expected, Cache]:
     """Eager's logits for a few tokens that end one before the end of the context, after a random cache.
-
-    In fp32 it has no noise floor, and is judged by the ceilings: at position p a rotary angle in fp32 is off by up to p epsilon on either
-    side, however precise the rest is, and fp64 does not show that. In fp16 and bf16 the floor is measured as for any prompt.
 
     Args:
         shapes: (KV heads, head size) of each layer.
@@ -100,8 +99,9 @@ def compare(
 ) -> Numerics:
     """Run the artifact through all cases, and judge."""
     result = Numerics(precision, TOLERANCES[precision], source, STEPS)
-    batch = [item for item in expected if item.name.startswith("prompt")]
-    runs = [[item] for item in expected] + [batch]
+    most = min(with_adapter.limits.batch, without_adapter.limits.batch)
+    batch = [item for item in expected if item.name.startswith("prompt")][:most]
+    runs = [[item] for item in expected] + ([batch] if len(batch) > 1 else [])
     for index, rows in enumerate(runs):
         prompts, forced = [item.prompt for item in rows], [item.tokens for item in rows]
         got, got_base = (run_forced(runner, prompts, forced) for runner in (with_adapter, without_adapter))

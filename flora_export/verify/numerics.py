@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed: a multiple of the noise floor, and never more than a ceiling; or twice the floor, where eager itself comes near it.
+    """What is allowed: a multiple of the noise floor, and never more than a ceiling; or three times the floor, where eager itself comes near it.
 
     `logits` is the ceiling of the largest error, relative to the largest logit or to 1; `effect` that of the relative error of the
     adapter's effect, ||Δ - Δ'|| / ||Δ||. `epsilon` is the precision's rounding unit; a floor below 4 of it, of the largest logit, is
@@ -97,7 +97,7 @@ class Numerics:
         if case.floor_logits is None:
             return self.tolerance.logits * largest
         floor = max(case.floor_logits, 4 * self.tolerance.epsilon * largest)
-        return min(max(self.tolerance.logits * largest, 2 * floor), self.tolerance.multiple * floor)
+        return min(max(self.tolerance.logits * largest, 3 * floor), self.tolerance.multiple * floor)
 
     def tie(self, case: Case) -> float:
         """Two tokens this close are a tie: 4 noise floors, since each of the two logits is off by one or two."""
@@ -108,7 +108,7 @@ class Numerics:
         if case.floor_effect is None:
             return self.tolerance.effect
         floor = max(case.floor_effect, 4 * self.tolerance.epsilon * max(1.0, case.largest_logit) / max(case.largest_effect, 1e-30))
-        return min(max(self.tolerance.effect, 2 * floor), self.tolerance.multiple * floor)
+        return min(max(self.tolerance.effect, 3 * floor), self.tolerance.multiple * floor)
 
 
 def measure(expected: Expected, got: Logits, got_base: Logits, name: str, batch: int, past: int = 0) -> Case:

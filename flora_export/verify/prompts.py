@@ -23,10 +23,10 @@ PROMPTS = (
 MAX_FILE_BYTES = 2**20
 
 
-def encode_prompts(artifact: Artifact, vocabulary: int, longest: int, file: Path | None = None) -> tuple[list[list[int]], str]:
+def encode_prompts(path: Path, vocabulary: int, longest: int, file: Path | None = None) -> tuple[list[list[int]], str]:
     """The prompts as token ids, cut to `longest`, and where they come from: a file, one prompt a line, or those that ship.
 
-    An artifact without a tokenizer (a random model in a test) gets seeded token ids instead.
+    A directory without a tokenizer (a random model in a test) gets seeded token ids instead.
 
     Raises:
         ArtifactError: the file cannot be used.
@@ -35,14 +35,14 @@ def encode_prompts(artifact: Artifact, vocabulary: int, longest: int, file: Path
     source = "prompts that ship with flora-export"
     if file is not None:
         texts, source = _read_prompts(file), f"prompts of {file.name}"
-    if _has_tokenizer(artifact.path):
-        tokenizer = load_tokenizer(artifact.path)
+    if _has_tokenizer(path):
+        tokenizer = load_tokenizer(path)
         rows = [tokenizer(text)["input_ids"][:longest] for text in texts]
         if not all(rows) or max(map(max, rows)) >= vocabulary:
-            raise ArtifactError(f"{artifact.path}: its tokenizer gives no tokens, or tokens beyond the model's vocabulary of {vocabulary}")
+            raise ArtifactError(f"{path}: its tokenizer gives no tokens, or tokens beyond the model's vocabulary of {vocabulary}")
         return rows, source
     if file is not None:
-        raise ArtifactError(f"{artifact.path} has no tokenizer, so it cannot read the prompts of {file}")
+        raise ArtifactError(f"{path} has no tokenizer, so it cannot read the prompts of {file}")
     rng = np.random.default_rng(0)
     return [
         rng.integers(3, vocabulary, size=min(size, longest)).tolist() for size in (11, 5, 8, 23)

@@ -10,23 +10,25 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact, Manifest
+from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact, LedgerEntry, Manifest
 from flora_export.backends.onnxruntime import write_graph
 from flora_export.backends.tensorrt import cache
 from flora_export.backends.tensorrt.engine import build_engine
-from flora_export.backends.tensorrt.flavour import Flavour, choose_capabilities, load_flavour, machine_capability
-from flora_export.backends.tensorrt.layers import LayerReport, compare_layers, report_layers
+from flora_export.backends.tensorrt.flavour import Flavour, choose_capabilities, load_flavour, machine_capability, machine_gpu
+from flora_export.backends.tensorrt.layers import Gemm, LayerReport, compare_layers, report_layers
 from flora_export.backends.tensorrt.lint import lint
 from flora_export.backends.tensorrt.plan import EngineOptions, Profile, check_prompts, engine_plan, profiles_for, to_json
 from flora_export.backends.tensorrt.portable import PortableDecoder
+from flora_export.base_model import BaseModel, read_json
 from flora_export.capture import capture
-from flora_export.errors import BackendError
-from flora_export.ledger import Progress, write_model
+from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError
+from flora_export.ledger import Progress, planned_entries, write_model
 from flora_export.passes import Fused, lowering, run_passes
 
 TARGETS = {"cuda": "tensorrt"}  # target -> form of the capture
@@ -35,35 +37,69 @@ ALIGN = {"fp16": 8, "bf16": 8}  # tensor cores want widths that are a multiple o
 Stage = Callable[[str], None]  # says what is being done
 
 
-def write(
-    fused: Fused, directory: Path, target: str, progress: Progress | None = None, options: EngineOptions | None = None, stage: Stage = print
-) -> Manifest:
+@dataclass(frozen=True)
+class Plan:
+    """With what, for what and how an engine is to be built: options that have met the model and the machine."""
+
+    flavour: Flavour
+    capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    options: EngineOptions
+
+    def facts(self) -> dict[str, Any]:
+        """The manifest's words, and what the cache goes by. `engine_plan` reads them."""
+        return {
+            "flavour": self.flavour.name,
+            "version": self.flavour.version,
+            "compute_capabilities": list(self.capabilities),
+            "profiles": to_json(self.profiles),
+            "workspace_mib": self.options.workspace_mib,
+            "version_compatible": self.options.version_compatible,
+            "refittable": self.options.refittable,
+        }
+
+
+def prepare(options: EngineOptions, base: BaseModel, cache_tokens: int, prompts: Sequence[Sequence[int]], steps: int) -> Plan:
+    """Check all that can be checked before anything large is read.
+
+    Args:
+        prompts: the golden ones, which the artifact must replay with `steps` cached steps after each.
+
+    Raises:
+        BackendError: no TensorRT, or no GPU to build for.
+        FloraExportError: a profile, cache, option or compute capability that cannot be.
+    """
+    profiles = profiles_for(options.ranges, base.context, cache_tokens)
+    check_prompts(profiles, prompts, steps)
+    flavour = load_flavour(options.flavour)
+    if flavour.name == "rtx" and (options.version_compatible or options.timing_cache):
+        wrong = "--version-compatible: engines are for one version" if options.version_compatible else "--timing-cache: nothing is timed"
+        raise FloraExportError(f"{flavour.title} has no {wrong}. Leave it out, or use --trt-flavor tensorrt.")
+    return Plan(flavour, choose_capabilities(flavour, options.compute_capabilities), profiles, options)
+
+
+def write(fused: Fused, directory: Path, target: str, progress: Progress | None, plan: Plan, stage: Stage) -> Manifest:
     """Write the lowered graph and its engine into a directory. Returns the manifest, still without the files' hashes.
 
     Raises:
-        BackendError: no TensorRT, no GPU to build for, or TensorRT refuses.
-        FloraExportError: a profile or compute capability that cannot be.
+        BackendError: TensorRT refuses.
     """
-    options = options or EngineOptions()
-    flavour = load_flavour(options.flavour)
-    capabilities = choose_capabilities(flavour, options.compute_capabilities)
-    profiles = profiles_for(options.ranges, fused.base.context, fused.cache_tokens)
     faults = lint(fused.model)
     if faults:
         raise BackendError(f"the graph has what TensorRT does not take: {'; '.join(faults[:5])}")
     manifest = write_graph(fused, directory, "tensorrt", target, progress)
     (directory / "genai_config.json").unlink(missing_ok=True)  # ONNX Runtime GenAI runs no engine
-    stage(f"building the engine with {flavour.title}")
-    adapted = _compile(flavour, directory, manifest, fused.model, profiles, capabilities, options)
+    stage(f"building the engine with {plan.flavour.title}")
+    adapted = _compile(plan, directory, manifest, fused.model, manifest.ledger)
     base = None
-    if options.compare_base:
+    if plan.options.compare_base:
         stage("building the base model's engine, to compare")
         bare = capture(fused.base, fused.capture.form, fused.capture.precision).model
         run_passes(bare, lowering(fused.capture.form, fused.cache_tokens))
         with tempfile.TemporaryDirectory(dir=directory) as name:
             write_model(bare, Path(name))
-            base = _compile(flavour, Path(name), manifest, bare, profiles, capabilities, options, keep_engine=False)[1]
-    return _finish(directory, manifest, flavour, capabilities, profiles, options, adapted, base)
+            base = _compile(plan, Path(name), manifest, bare, planned_entries(bare), keep_engine=False)[1]
+    return _finish(directory, manifest, plan, adapted, base)
 
 
 def rebuild(artifact: Artifact, directory: Path, options: EngineOptions) -> Manifest:
@@ -73,31 +109,50 @@ def rebuild(artifact: Artifact, directory: Path, options: EngineOptions) -> Mani
         options: flavour and compute capabilities; what else it says is ignored.
 
     Raises:
-        BackendError: as `write`.
+        BackendError: no TensorRT, no GPU to build for, or TensorRT refuses.
         ArtifactError: the artifact does not say how its engine was built.
     """
-    manifest = artifact.manifest
-    plan = engine_plan(artifact)
-    options = dataclasses.replace(
-        options, workspace_mib=plan.workspace_mib, version_compatible=plan.version_compatible, refittable=plan.refittable
-    )
+    old, manifest = engine_plan(artifact), artifact.manifest
     flavour = load_flavour(options.flavour)
-    capabilities = choose_capabilities(flavour, options.compute_capabilities)
-    model = ir.load(directory / MODEL)
-    adapted = _compile(flavour, directory, manifest, model, plan.profiles, capabilities, options)
-    return _finish(directory, manifest, flavour, capabilities, plan.profiles, options, adapted, None)
+    kept = dataclasses.replace(
+        options,
+        workspace_mib=old.workspace_mib,
+        version_compatible=old.version_compatible and flavour.name != "rtx",
+        refittable=old.refittable,
+    )
+    plan = Plan(flavour, choose_capabilities(flavour, options.compute_capabilities), old.profiles, kept)
+    adapted = _compile(plan, directory, manifest, ir.load(directory / MODEL), manifest.ledger)
+    made = _finish(directory, manifest, plan, adapted, None)
+    if all(made.engine[key] == manifest.engine[key] for key in ("flavour", "version", "compute_capabilities")):
+        made.engine["layers"]["base"] = manifest.engine["layers"]["base"]  # the base model's engine would be the same as well
+    return made
 
 
-def check_golden(artifact: Artifact, prompts: list[list[int]], steps: int) -> None:
-    """Raise FloraExportError where the engine's profiles leave out what every artifact must replay."""
-    check_prompts(engine_plan(artifact).profiles, prompts, steps)
+def read_gemms(artifact: Artifact) -> list[dict[str, Any]]:
+    """The GEMMs of an artifact's engine. Raises ArtifactError where its files do not say."""
+    try:
+        gemms = read_json(artifact.path / LAYERS, "layers of the engine")["gemms"]
+        for item in gemms:
+            gemm = Gemm(**item)
+            if not all(isinstance(name, str) for name in (gemm.profile, *gemm.weights, *gemm.adapters)):
+                raise TypeError(f"{item}")
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{artifact.path / LAYERS} is damaged ({error}): flora-export rebuild {artifact.path}") from error
+    return list(gemms)
 
 
 def Decoder(  # each backend has one by this name
     artifact: Artifact, *, adapter: bool = True, threads: int = 0, graph: bytes | None = None
 ) -> Any:
-    """The engine, where this machine has a GPU; else, or without its adapter, or with another graph, the lowered ONNX on the CPU."""
-    if adapter and graph is None and machine_capability() is not None:
+    """The engine, where this machine has a GPU; else, or without its adapter, or with another graph, the lowered ONNX on the CPU.
+
+    Raises:
+        BackendError: this machine's GPU or TensorRT is another than the engine's. While an artifact is being built, and has no hashes
+            yet, that is no error: the engine may be meant for another machine.
+    """
+    plan, here = engine_plan(artifact), machine_capability()
+    elsewhere = not artifact.manifest.files and here not in plan.compute_capabilities
+    if adapter and graph is None and here is not None and not elsewhere:
         from flora_export.backends.tensorrt.session import EngineDecoder
 
         return EngineDecoder(artifact)
@@ -105,54 +160,26 @@ def Decoder(  # each backend has one by this name
 
 
 def _compile(
-    flavour: Flavour,
-    directory: Path,
-    manifest: Manifest,
-    model: ir.Model,
-    profiles: tuple[Profile, ...],
-    capabilities: tuple[str, ...],
-    options: EngineOptions,
-    *,
-    keep_engine: bool = True,
+    plan: Plan, directory: Path, manifest: Manifest, model: ir.Model, ledger: Sequence[LedgerEntry], *, keep_engine: bool = True
 ) -> tuple[bytes, LayerReport]:
     """An engine from `model.onnx` in a directory, from the cache where it was built before."""
-    facts = _facts(flavour, capabilities, profiles, options)
-    key = cache.cache_key(directory / MODEL, directory / DATA, facts) if options.cache else ""
+    options, key = plan.options, ""
+    if options.cache and options.timing_cache is None:  # a file of timings is there to be used, and added to
+        gpu = "" if plan.flavour.name == "rtx" else machine_gpu()
+        key = cache.cache_key(directory / MODEL, directory / DATA, plan.facts() | {"gpu": gpu})
     known = cache.load(key) if key else None
     if known is None:
-        known = build_engine(flavour, directory / MODEL, manifest.inputs, profiles, capabilities, options)
+        known = build_engine(plan.flavour, directory / MODEL, manifest.inputs, plan.profiles, plan.capabilities, options)
         if key:
             cache.store(key, known[0] if keep_engine else b"", known[1])
-    return known[0], report_layers(known[1], model)
+    return known[0], report_layers(known[1], model, ledger)
 
 
-def _facts(flavour: Flavour, capabilities: Sequence[str], profiles: Sequence[Profile], options: EngineOptions) -> dict[str, Any]:
-    """How and for what an engine is built: the manifest's words, and what the cache goes by. `engine_plan` reads them."""
-    return {
-        "flavour": flavour.name,
-        "version": flavour.version,
-        "compute_capabilities": list(capabilities),
-        "profiles": to_json(profiles),
-        "workspace_mib": options.workspace_mib,
-        "version_compatible": options.version_compatible,
-        "refittable": options.refittable,
-    }
-
-
-def _finish(
-    directory: Path,
-    manifest: Manifest,
-    flavour: Flavour,
-    capabilities: tuple[str, ...],
-    profiles: tuple[Profile, ...],
-    options: EngineOptions,
-    adapted: tuple[bytes, LayerReport],
-    base: LayerReport | None,
-) -> Manifest:
+def _finish(directory: Path, manifest: Manifest, plan: Plan, adapted: tuple[bytes, LayerReport], base: LayerReport | None) -> Manifest:
     engine, report = adapted
+    names = [profile.name for profile in plan.profiles]
     (directory / ENGINE).write_bytes(engine)
-    gemms = [dataclasses.asdict(gemm) | {"profile": profiles[gemm.profile].name} for gemm in report.gemms]
+    gemms = [dataclasses.asdict(gemm) | {"profile": names[int(gemm.profile)]} for gemm in report.gemms]
     (directory / LAYERS).write_text(json.dumps({"gemms": gemms}, indent=1) + "\n", encoding="utf-8")
-    facts = _facts(flavour, capabilities, profiles, options)
-    facts["layers"] = compare_layers(report, base, [profile.name for profile in profiles])
-    return dataclasses.replace(manifest, engine=facts, versions=manifest.versions | {flavour.title: flavour.version})
+    facts = plan.facts() | {"layers": compare_layers(report, base, names)}
+    return dataclasses.replace(manifest, engine=facts, versions=manifest.versions | {plan.flavour.title: plan.flavour.version})

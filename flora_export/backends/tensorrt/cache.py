@@ -44,8 +44,8 @@ def load(key: str) -> tuple[bytes, str] | None:
 def store(key: str, engine: bytes, layers: str) -> None:
     """Keep an engine, and let go of the oldest."""
     root = cache_directory()
+    part = root / f".{key}.{os.getpid()}"
     with contextlib.suppress(OSError):
-        part = root / f".{key}.{os.getpid()}"
         part.mkdir(parents=True, exist_ok=True)
         (part / "model.engine").write_bytes(engine)
         (part / "layers.json").write_text(json.dumps({"sha256": hashlib.sha256(engine).hexdigest(), "layers": layers}), encoding="utf-8")
@@ -54,6 +54,8 @@ def store(key: str, engine: bytes, layers: str) -> None:
         kept = sorted((entry for entry in root.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.stat().st_mtime)
         for entry in kept[:-ENTRIES]:
             _remove(entry)
+    with contextlib.suppress(OSError):
+        _remove(part)  # a full disk has left it
 
 
 def _remove(entry: Path) -> None:

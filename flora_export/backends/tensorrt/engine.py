@@ -16,7 +16,7 @@ from flora_export.backends.tensorrt.flavour import Flavour
 from flora_export.backends.tensorrt.plan import EngineOptions, Profile
 from flora_export.errors import BackendError
 
-LAYERS = "Layers:"  # how the message begins in which the builder lists an engine's layers
+LISTING = "Layers:"  # how the message begins in which the builder lists an engine's layers
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Log:
     layers: str = ""
 
     def take(self, severity: int, message: str) -> None:
-        if message.startswith(LAYERS):
+        if message.startswith(LISTING):
             self.layers += message
         elif severity <= 1:  # error, internal error
             self.errors.append(message)
@@ -102,7 +102,7 @@ def build_engine(
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, file: str | None) -> Iterator[None]:
-    """Use a file of kernel timings, and keep what the build adds. TensorRT-RTX, which times nothing, leaves it as it is."""
+    """Use a file of kernel timings, and keep what the build adds."""
     if file is None:
         yield
         return
@@ -133,8 +133,6 @@ def _failure(flavour: Flavour, log: Log) -> str:
     remedy = "Is the driver new enough, and the precision one that the GPU has?"
     if "workspace" in reason.lower() or "memory" in reason.lower():
         remedy = "Allow a larger --workspace, or narrow --profile."
-    elif "libnvinfer_lean" in reason:
-        remedy = "Its installation has no lean runtime: leave out --version-compatible."
     elif "CUDA_SUCCESS" in reason or "cuda" in reason.lower():
         remedy = "This needs a GPU in the building machine: leave out --refittable, or build where there is one."
     return f"{flavour.title} {flavour.version} could not build the engine: {reason}. {remedy}"

@@ -10,7 +10,7 @@ from flora_export.errors import BackendError, FloraExportError
 
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EXTRAS = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
-OLDEST = 11  # major version of full TensorRT: 10.x has no in-place cache update, and other defaults of typing
+OLDEST = 11  # major version of full TensorRT: networks are strongly typed from it on, as in TensorRT-RTX, with which all is tested
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ def load_flavour(name: str) -> Flavour:
     raise BackendError(f"backend tensorrt needs a TensorRT that can be imported ({'; '.join(reasons)}): pip install {extras}")
 
 
+def machine_gpu() -> str:
+    """Name of this machine's first GPU; empty where PyTorch sees none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
 def machine_capability() -> str | None:
     """Compute capability of the first GPU of this machine, as "8.9"; None where PyTorch sees none."""
     import torch
@@ -78,6 +85,11 @@ def choose_capabilities(flavour: Flavour, wanted: tuple[str, ...]) -> tuple[str,
     if not wanted and here is None:
         remedy = f"--compute-capability, one or more of {', '.join(known)}" if known else "a machine with the GPU that is to run it"
         raise BackendError(f"{flavour.title} has to know the GPU to build for, and this machine has none: give it {remedy}")
+    if not wanted and flavour.name == "rtx" and here not in known:
+        raise BackendError(
+            f"{flavour.title} {flavour.version} does not build for this machine's GPU, of compute capability {here}; it builds for "
+            f"{', '.join(known)}. Use full TensorRT, or give --compute-capability for the machine that serves."
+        )
     wanted = wanted or (str(here),)
     if flavour.name != "rtx":
         if wanted != (here,):

@@ -7,17 +7,19 @@ to adapter tensors by the ledger; nothing is guessed from shapes.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
+from flora_export.artifact import LedgerEntry
 from flora_export.errors import BackendError
-from flora_export.weights import dims_of, parts_of
+from flora_export.weights import dims_of
 
 _NOT_KERNELS = ("ShapeHostToDevice", "shape_call", "Constant")
+_PROFILE = re.compile(r"\[profile (\d+)\]")
 _GROUP = re.compile(r"_myl(\d+)_\d+$")
 
 
@@ -35,7 +37,7 @@ class Layer:
 class Gemm:
     """A kernel that multiplies by weights: their names, how many columns they have together, and the adapter tensors in them."""
 
-    profile: int
+    profile: int | str
     layer: str
     weights: tuple[str, ...]
     rows: int
@@ -70,14 +72,22 @@ def parse_layers(text: str) -> list[Layer]:
         kind = rest.partition(",")[0]
         nodes = tuple(re.findall(r"\[ONNX Layer: ([^\]]+)\]", line.rpartition("Metadata:")[2]))
         found.append((name, kind, nodes))
-    # Layers of one profile share a number in their names; the profiles come in order.
+    # Layers of one profile share a number in their names, and those of the second and later ones that are named after ONNX nodes say so.
     groups = [match.group(1) if (match := _GROUP.search(name)) else None for name, _, _ in found]
-    order = {group: index for index, group in enumerate(dict.fromkeys(group for group in groups if group is not None))}
-    return [Layer(name, kind, order.get(group, 0), nodes) for (name, kind, nodes), group in zip(found, groups, strict=True)]
+    profiles: dict[str | None, int] = dict.fromkeys(groups, 0)
+    for (name, _, _), group in zip(found, groups, strict=True):
+        if match := _PROFILE.search(name):
+            profiles[group] = int(match.group(1))
+    if None in groups and any(kind not in _NOT_KERNELS and group is None for (_, kind, _), group in zip(found, groups, strict=True)):
+        raise BackendError("TensorRT's build log names layers in a way that does not tell their profile; is it a version that is newer?")
+    return [Layer(name, kind, profiles[group], nodes) for (name, kind, nodes), group in zip(found, groups, strict=True)]
 
 
-def report_layers(text: str, model: ir.Model) -> LayerReport:
-    """Trace the layers of an engine to the graph that it was built from."""
+def report_layers(text: str, model: ir.Model, ledger: Sequence[LedgerEntry]) -> LayerReport:
+    """Trace the layers of an engine to the graph that it was built from, and its weights by the ledger to adapter tensors."""
+    parts = defaultdict(list)
+    for entry in ledger:
+        parts[entry.initializer].append(entry)
     layers = [layer for layer in parse_layers(text) if layer.kind not in _NOT_KERNELS]
     weights = {node.name: value for node in model.graph if (value := _weight(node)) is not None}
     kernels = Counter(layer.profile for layer in layers)
@@ -85,7 +95,7 @@ def report_layers(text: str, model: ir.Model) -> LayerReport:
     for layer in layers:
         held = [weights[node] for node in layer.nodes if node in weights]
         if held:
-            gemms.append(_gemm(layer, held))
+            gemms.append(_gemm(layer, held, parts))
     return LayerReport(tuple(kernels[profile] for profile in sorted(kernels)), tuple(gemms))
 
 
@@ -103,9 +113,9 @@ def _transposed(value: ir.Value) -> ir.Value | None:
     return source if source is not None and source.is_initializer() else None
 
 
-def _gemm(layer: Layer, held: Sequence[ir.Value]) -> Gemm:
+def _gemm(layer: Layer, held: Sequence[ir.Value], ledger: Mapping[str, Sequence[LedgerEntry]]) -> Gemm:
     sources = [_transposed(value) or value for value in held]
-    parts = [part for value in sources for part in parts_of(value)[1]]
+    parts = [entry for value in sources for entry in ledger.get(value.name or "", ())]
     rows, columns = [], []
     for value, source in zip(held, sources, strict=True):
         dims = dims_of(source)
@@ -118,7 +128,7 @@ def _gemm(layer: Layer, held: Sequence[ir.Value]) -> Gemm:
         max(rows),
         sum(columns),
         tuple(part.tensor for part in parts if part.origin == "adapter"),
-        all(part.origin in ("adapter", "zeros") for part in parts),
+        bool(parts) and all(part.origin in ("adapter", "zeros") for part in parts),
     )
 
 

@@ -14,7 +14,7 @@ def lint(model: ir.Model) -> list[str]:
     """What is wrong with a graph for TensorRT, a line each: node, operator, and why. Empty where it can be built."""
     opset = model.opset_imports.get("", 0)
     found = [] if opset in OPSETS else [f"the graph has opset {opset}, but TensorRT 11 takes Attention of opset 23 or 24"]
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         for rule in _RULES:
             reason = rule(node)
             if reason:
@@ -53,8 +53,8 @@ def _softcap(node: ir.Node) -> str:
 
 
 def _single(node: ir.Node) -> str:
-    cached = [value.dtype for value in node.inputs[1:3] if value is not None]
-    if node.op_type == "Attention" and ir.DataType.FLOAT in cached:
+    known = [value.dtype for value in (*node.inputs[:3], *node.outputs) if value is not None]
+    if node.op_type == "Attention" and ir.DataType.FLOAT in known:
         return "there is no kernel for Attention in fp32: spell it out"
     return ""
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora_export.artifact import Artifact, Tensor
+from flora_export.backends import Limits
 from flora_export.errors import ArtifactError, FloraExportError
 
 DEFAULT_PROMPT = 2048  # tokens, or the model's context where that is shorter
 DEFAULT_TOTAL = 4096  # tokens of prompt and answer, likewise
 DEFAULT_BATCH = (1, 1, 8)
+MIN_PLACES = 32  # of a static cache: a prompt and the steps of verification
 FLAVOURS = ("auto", "tensorrt", "rtx")
 
 Range = tuple[int, int, int]  # minimum, optimum, maximum
@@ -70,6 +72,11 @@ class EnginePlan:
     version_compatible: bool
     refittable: bool
 
+    @property
+    def limits(self) -> Limits:
+        prefill, decode = self.profiles
+        return Limits(prefill.tokens[2], decode.past[2] + 1, prefill.batch[2])
+
 
 def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
     """`prompt=1:128:2048 batch=1:1:8` -> ranges by name; a single number stands for all three.
@@ -84,6 +91,8 @@ def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
             raise FloraExportError(f"--profile {word}: expected prompt, batch or past = MIN:OPT:MAX, as in prompt=1:128:2048")
         name, low, best, high = match.groups()
         found = (int(low), int(best or low), int(high or low))
+        if name in ranges:
+            raise FloraExportError(f"--profile {word}: {name} is given twice")
         if not (0 if name == "past" else 1) <= found[0] <= found[1] <= found[2]:
             raise FloraExportError(f"--profile {word}: expected MIN <= OPT <= MAX, and at least 1")
         ranges[name] = found
@@ -104,7 +113,7 @@ def parse_capabilities(text: str | None) -> tuple[str, ...]:
     for word in words:
         if not re.fullmatch(r"\d{1,2}\.\d", word):
             raise FloraExportError(f"--compute-capability {word!r}: expected a number such as 8.9")
-    return words
+    return tuple(dict.fromkeys(words))
 
 
 def profiles_for(ranges: Mapping[str, Range], context: int, cache_tokens: int) -> tuple[Profile, Profile]:
@@ -115,38 +124,39 @@ def profiles_for(ranges: Mapping[str, Range], context: int, cache_tokens: int) -
         cache_tokens: places of a static cache; 0 where it grows.
 
     Raises:
-        FloraExportError: a range is beyond the context or the cache.
+        FloraExportError: a range is beyond the context or the cache, or too narrow to decode what it can prefill.
     """
-    room = min(context, cache_tokens or context)
-    total = min(room, cache_tokens or DEFAULT_TOTAL)
-    prompt = ranges.get("prompt", (1, min(128, total), min(DEFAULT_PROMPT, total)))
-    past = ranges.get("past", (1, min(max(256, prompt[1]), total - 1), total - 1))
-    for name, most, limit in (("prompt", prompt[2], room), ("past", past[2], room - 1)):
-        if most > limit:
-            what = (
-                f"a static cache of {cache_tokens} places" if cache_tokens and cache_tokens < context else f"a context of {context} tokens"
-            )
-            raise FloraExportError(f"--profile {name} goes up to {most}, but {what} has room for {limit}")
+    if cache_tokens and not MIN_PLACES <= cache_tokens <= context:
+        raise FloraExportError(f"--kv-cache static:{cache_tokens}: expected {MIN_PLACES} places to {context}, the model's context")
+    room = cache_tokens or context
+    longest = ranges["prompt"][2] if "prompt" in ranges else min(DEFAULT_PROMPT, room)
+    prompt = ranges.get("prompt", (1, min(128, longest), longest))
+    most = min(room, cache_tokens or max(DEFAULT_TOTAL, 2 * longest)) - 1
+    past = ranges.get("past", (1, min(max(256, prompt[1]), most), most))
     batch = ranges.get("batch", DEFAULT_BATCH)
+    for name, bounds, limit in (("prompt", prompt, room), ("past", past, room - 1), ("batch", batch, batch[2])):
+        if bounds[2] > limit:
+            what = f"a static cache of {cache_tokens} places" if cache_tokens else f"a context of {context} tokens"
+            raise FloraExportError(f"--profile {name} goes up to {bounds[2]}, but {what} has room for {limit}")
+        if bounds[0] > 1:
+            raise FloraExportError(
+                f"--profile {name} begins at {bounds[0]}, but every artifact must take a single token in a single row: begin at 1"
+            )
+    if past[2] < min(prompt[2], room - 1):
+        raise FloraExportError(f"--profile past goes up to {past[2]}, so a prompt of {prompt[2]} tokens has no next token: raise it")
     return Profile("prefill", batch, prompt, (0, 0, 0)), Profile("decode", batch, (1, 1, 1), past)
 
 
 def check_prompts(profiles: Sequence[Profile], prompts: Sequence[Sequence[int]], steps: int) -> None:
-    """Raise FloraExportError where an engine with these profiles could not run prompts one by one, with cached steps after each."""
+    """Raise FloraExportError where an engine with these profiles could not replay prompts, with cached steps after each."""
     prefill, decode = profiles
-    for prompt in prompts:
-        for profile, value, bounds in (
-            (prefill, len(prompt), prefill.tokens),
-            (decode, len(prompt), decode.past),
-            (decode, len(prompt) + steps - 1, decode.past),
-            (prefill, 1, prefill.batch),
-        ):
-            if not bounds[0] <= value <= bounds[2]:
-                what = {prefill.tokens: "prompt", decode.past: "past", prefill.batch: "batch"}[bounds]
-                raise FloraExportError(
-                    f"the {profile.name} profile takes {what} {bounds[0]} to {bounds[2]}, but a golden prompt of {len(prompt)} tokens with "
-                    f"{steps} steps, which every artifact must replay, needs {value}. Widen --profile {what}=MIN:OPT:MAX."
-                )
+    longest = max(map(len, prompts))
+    for name, most, needed in (("prompt", prefill.tokens[2], longest), ("past", decode.past[2], longest + steps - 1)):
+        if needed > most:
+            raise FloraExportError(
+                f"--profile {name} goes up to {most}, but the golden prompts, which every artifact must replay, have up to {longest} "
+                f"tokens and {steps} steps, and need {needed}"
+            )
 
 
 def to_json(profiles: Sequence[Profile]) -> dict[str, Any]:
@@ -157,7 +167,9 @@ def engine_plan(artifact: Artifact) -> EnginePlan:
     """What a manifest says of its engine. Raises ArtifactError where it does not."""
 
     def bounds(values: Any) -> Range:
-        low, best, high = (int(value) for value in values)
+        low, best, high = values
+        if not all(isinstance(value, int) for value in values):
+            raise ValueError(f"a profile of {values}")
         return low, best, high
 
     engine = artifact.manifest.engine
@@ -166,10 +178,16 @@ def engine_plan(artifact: Artifact) -> EnginePlan:
         profiles = tuple(Profile(name, *(bounds(v[key]) for key in ("batch", "tokens", "past"))) for name, v in known)
         if [profile.name for profile in profiles] != ["prefill", "decode"] or engine["flavour"] not in FLAVOURS[1:]:
             raise ValueError(f"{engine['flavour']}: {', '.join(profile.name for profile in profiles)}")
+        layers = engine["layers"]
+        for counts in (layers["adapted"], layers["base"] or layers["adapted"]):
+            if not all(isinstance(counts[key][profile], int) for key in ("kernels", "gemms") for profile in ("prefill", "decode")):
+                raise ValueError("counts of layers that are no numbers")
+        if not isinstance(engine["version"], str) or not all(isinstance(name, str) for name in layers["adapter_gemms_alone"]):
+            raise ValueError("a version or layer that is no text")
         workspace = engine["workspace_mib"]
         return EnginePlan(
             engine["flavour"],
-            str(engine["version"]),
+            engine["version"],
             tuple(str(capability) for capability in engine["compute_capabilities"]),
             profiles,
             None if workspace is None else int(workspace),
