@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora_export.base_model import file_sha256
+from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
 SCHEMA_VERSION = 1
@@ -104,6 +104,11 @@ class Artifact:
     def model(self) -> Path:
         return self.path / MODEL
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a plain Hugging Face checkpoint, with weights [out, in], instead of a graph, with weights [in, out]."""
+        return self.manifest.backend == "hf"
+
 
 def open_artifact(path: Path) -> Artifact:
     """Read an output directory's manifest.
@@ -125,7 +130,8 @@ def open_artifact(path: Path) -> Artifact:
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")
-        missing = {MODEL, DATA, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
+        needed = {INDEX, "config.json"} if manifest.backend == "hf" else {MODEL, DATA, "config.json"}
+        missing = needed - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
         if missing or not (
             manifest.blocks and manifest.ledger and manifest.outputs and manifest.checkpoint["tensors"] and manifest.base["files"]
         ):
@@ -138,7 +144,12 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-_VALUES = {"backend": ("onnxruntime",), "target": ("cpu", "cuda"), "precision": ("fp32", "fp16", "bf16"), "padding": ("left", "right")}
+_VALUES = {
+    "backend": ("onnxruntime", "hf"),
+    "target": ("cpu", "cuda", "any"),
+    "precision": ("fp32", "fp16", "bf16"),
+    "padding": ("left", "right"),
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),

@@ -19,10 +19,12 @@ from flora_export.errors import BackendError, CheckpointError
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
 # Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul); `onnx-standard` holds operators of the standard alone.
+# `weights` is that, for its weights: it says how projections hang together, and is never run.
 PRECISIONS: dict[str, dict[str, str]] = {
     "cpu": {"fp32": "f32", "fp16": "f16"},
     "cuda": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
     "onnx-standard": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+    "weights": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
 }
 
 
@@ -70,7 +72,8 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         with _quiet():
             import mobius
 
-            package = mobius.build(str(base.path), execution_provider=form, dtype=PRECISIONS[form][precision])
+            provider = "onnx-standard" if form == "weights" else form
+            package = mobius.build(str(base.path), execution_provider=provider, dtype=PRECISIONS[form][precision])
     except ImportError as error:
         raise BackendError(
             f"mobius, which captures the base model, cannot be imported ({error}): pip install 'flora-export[cpu]'"
@@ -87,7 +90,8 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         raise CheckpointError(
             f"base model {base.name}: {len(empty)} of its weights are missing, first {empty[0]}. Is its download complete?"
         )
-    _mend_attention(model, base, PRECISIONS[form][precision])
+    if form != "weights":  # which may have windows that the standard's operators cannot express
+        _mend_attention(model, base, PRECISIONS[form][precision])
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, form, precision, package)
 

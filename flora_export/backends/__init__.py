@@ -9,10 +9,13 @@ from flora_export.errors import BackendError, FloraExportError
 
 # name -> module with TARGETS, `write(Fused, directory, target, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file
 # and one line here.
-BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime"}
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "flora_export.backends.onnxruntime",
+    "hf": "flora_export.backends.hf",
+}
 
 # Promised by the command line, and not built yet.
-PLANNED = ("tensorrt", "triton", "hf")
+PLANNED = ("tensorrt", "triton")
 
 
 def load_backend(name: str) -> ModuleType:

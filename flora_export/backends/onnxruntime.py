@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from flora_export.artifact import Artifact, Manifest, Tensor
+from flora_export.backends.manifest import describe
 from flora_export.errors import BackendError
 from flora_export.ledger import Progress, block_records, write_model
-from flora_export.passes import Fused, operator_counts
+from flora_export.passes import Fused
 from flora_export.weights import dims_of
 
 TARGETS = {"cpu": "cpu", "cuda": "cuda"}  # target -> form of the capture
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PACKAGES = ("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors")
 COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
 
 Logits = npt.NDArray[np.float32]
@@ -30,7 +29,7 @@ Logits = npt.NDArray[np.float32]
 
 def write(fused: Fused, directory: Path, target: str, progress: Progress | None = None) -> Manifest:
     """Write the model and what runtimes need beside it into a directory. Returns the manifest, still without the files' hashes."""
-    model, base, checkpoint = fused.model, fused.base, fused.checkpoint
+    model, base = fused.model, fused.base
     blocks = block_records(fused)
     ledger = write_model(model, directory, progress)
     fused.capture.write_runtime_files(base, directory, target)
@@ -38,38 +37,17 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress | None 
         if (base.path / name).is_file():
             shutil.copyfile(base.path / name, directory / name)
     grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
-    return Manifest(
+    return describe(
+        fused,
         backend="onnxruntime",
         target=target,
-        precision=fused.capture.precision,
-        fuse=fused.fuse,
-        passes=list(fused.passes),
         padding="right" if grouped else "left",
-        verified=False,
-        versions=_versions(),
-        base={"name": str(checkpoint.config.get("base_model_name_or_path") or base.config.get("model_type")), "files": base.digests},
-        checkpoint={
-            "digest": checkpoint.digest,
-            "files": checkpoint.digests,
-            "config": checkpoint.config,
-            "tensors": list(checkpoint.tensors),
-        },
+        versions={"onnxruntime": ort.__version__},
         inputs=[_describe(value) for value in model.graph.inputs],
         outputs=[_describe(value) for value in model.graph.outputs],
-        operators={"before": fused.operators_before, "after": operator_counts(model)},
         blocks=blocks,
         ledger=ledger,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"onnxruntime": ort.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def _describe(value: ir.Value) -> Tensor:
