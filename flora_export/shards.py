@@ -51,7 +51,7 @@ class Planned:
 def write_shards(directory: Path, tensors: Sequence[Planned]) -> None:
     """Write tensors and their index into a directory. No more than one tensor is in memory at a time."""
     shards = _split(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SHARD.format(number, len(shards))
         _write_one(directory / file, shard)
@@ -101,7 +101,7 @@ def read_shards(directory: Path, files: Sequence[str]) -> dict[str, ir.TensorPro
         ArtifactError: a shard or the index is damaged, or they disagree.
     """
     found: dict[str, ir.TensorProtocol] = {}
-    places = {}
+    places: dict[str, str] = {}
     for name, tensor, file in _tensors(directory, sorted(filter(_SHARD_NAME.fullmatch, files))):
         if name in found:
             raise ArtifactError(f"{directory}: {name} is in both {places[name]} and {file}. Build the artifact again.")

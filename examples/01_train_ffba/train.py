@@ -116,7 +116,8 @@ def main() -> None:
     model.save_pretrained(options.output)
     record = {
         "command": f"python examples/01_train_ffba/train.py --base models/smollm2 --output {options.output} --steps {options.steps} "
-        f"--batch {options.batch} --rank {options.rank} --learning-rate {options.learning_rate} --target-modules {' '.join(options.target_modules)}",
+        f"--batch {options.batch} --rank {options.rank} --learning-rate {options.learning_rate} "
+        f"--target-modules {' '.join(options.target_modules)}",
         "held_out_problems": options.held_out,
         "exact_before": before,
         "exact_after": after,

@@ -117,7 +117,7 @@ def _check(base: BaseModel, files: dict[str, Path], tensor: str, axis: int, neur
         shape = file.get_slice(tensor).get_shape()
     if shape[axis] != halves * neurons:
         raise FusionError(
-            f"base model {base.name}: {tensor} is {shape}, but config.json's intermediate_size {neurons} makes axis {axis} {halves * neurons}"
+            f"base model {base.name}: {tensor} is {shape}, but intermediate_size {neurons} makes axis {axis} {halves * neurons}"
         )
 
 
@@ -166,7 +166,7 @@ def _base_reader(file: Path, tensor: str, dtype: np.dtype, axis: int = 0, start:
 
 def base_files(base: BaseModel) -> dict[str, Path]:
     """Which file each tensor of the base model is in, in the order of files and names."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in base.weights:
         with safe_open(path, framework="numpy") as file:
             found |= dict.fromkeys(sorted(file.keys()), path)
