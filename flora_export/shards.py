@@ -86,9 +86,9 @@ def _write_one(file: Path, tensors: Sequence[Planned]) -> None:
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.read())
+            values = tensor.read()
             assert (values.dtype, values.shape) == (tensor.dtype, tensor.shape), tensor.name
-            stream.write(values.reshape(-1).view(np.uint8).data)
+            stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def read_shards(directory: Path, files: Sequence[str]) -> dict[str, ir.TensorProtocol]:

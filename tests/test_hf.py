@@ -165,7 +165,7 @@ def test_16_bits(family: str, precision: str, bases: Callable[[str], Path], tmp_
 def test_a_base_in_bf16(base: Path, tmp_path: Path) -> None:
     """Its tensors are cast to the artifact's precision, or stay as they are."""
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", **MIXED)
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", **MIXED, alpha=64.0)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         content = build(adapter, tmp_path / "base", tmp_path / precision, "--precision", precision)
         assert content["report"]["ledger"]["base_tensors_derived"] == []
@@ -260,7 +260,7 @@ def test_a_file_that_was_not_built_is_a_fault(built: Path, tmp_path: Path, name:
     """transformers would load it first, or on top."""
     out = Path(shutil.copytree(built, tmp_path / "out"))
     (out / name).touch()
-    result = run("explain", out)
+    result = run("verify", out)
     assert result.exit_code == 1
     assert f"{name} was not built" in result.stdout
 
@@ -329,6 +329,35 @@ def test_refused_bases(base: Path, bases: Callable[[str], Path], mlp_adapter: Pa
     result = run("build", relu, "--base", bases("starcoder2_relu"), "--backend", "hf", "--output", tmp_path / "out")
     assert result.exit_code == 2  # neurons as well, but the capture has other names for them than the file
     assert "its files have no model.layers.0.mlp.up_proj.weight" in result.stderr
+
+
+def test_numbers_beyond_fp16_are_refused(base: Path, mlp_adapter: Path, tmp_path: Path) -> None:
+    large = config_of(base, tmp_path / "large")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, large / "model.safetensors", {"format": "pt"})
+    arguments = ("build", mlp_adapter, "--base", large, "--backend", "hf", "--output", tmp_path / "out", "--no-verify", "--precision")
+    result = run(*arguments, "fp16")
+    assert result.exit_code == 2
+    assert "model.norm.weight of the base model overflows float16" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(*arguments, "bf16").exit_code == 0
+
+
+def test_reports_and_quiet(base: Path, mlp_adapter: Path, tmp_path: Path) -> None:
+    """The program as it is run: nothing foreign on stdout or stderr. And every report of what it has built."""
+    program, out = (sys.executable, "-m", "flora_export.cli"), tmp_path / "out"
+    command = (*program, "build", str(mlp_adapter), "--base", str(base), "--backend", "hf", "--output", str(out), "--json")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    assert json.loads(result.stdout)["verified"] is True
+    assert all(line.endswith(" ...") for line in result.stderr.splitlines()), result.stderr
+    names = {"--report": "page.html", "--markdown": "comment.md", "--junit": "cases.xml"}
+    more = [item for option, name in names.items() for item in (option, tmp_path / name)]
+    assert run("verify", out, "--ckpt", mlp_adapter, "--base", base, *more).exit_code == 0
+    assert all((tmp_path / name).stat().st_size for name in names.values())
+    result = run("bench", out, "--base", base)
+    assert result.exit_code == 3
+    assert "only onnxruntime artifacts can be measured" in result.stderr
 
 
 def test_configuration(base: Path, mlp_adapter: Path, tmp_path: Path) -> None:
