@@ -32,6 +32,7 @@ _FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _CASTABLE = ("F64", "F32", "F16", "BF16")
 
 Recipe = tuple[int, tuple[Part, ...]]  # axis, parts along it; values are read as they stand in the file
+Note = Callable[[str, int, Part, Array], None]  # (tensor, axis, part, its values)
 
 
 def check_neurons(fused: Fused) -> int:
@@ -173,12 +174,12 @@ def base_files(base: BaseModel) -> dict[str, Path]:
     return found
 
 
-def plan(fused: Fused, recipes: dict[str, Recipe], note: Callable[[str, int, Part, Array], None]) -> list[Planned]:
-    """Every tensor of the new checkpoint. `note` is given each part, with its tensor and axis, as it is read."""
+def plan(fused: Fused, recipes: dict[str, Recipe], note: Note) -> list[Planned]:
+    """Every tensor of the new checkpoint. `note` is given each part as it is read."""
     return [_planned(fused, name, file, recipes.get(name), note) for name, file in base_files(fused.base).items()]
 
 
-def _planned(fused: Fused, name: str, file: Path, recipe: Recipe | None, note: Callable[[str, int, Part, Array], None]) -> Planned:
+def _planned(fused: Fused, name: str, file: Path, recipe: Recipe | None, note: Note) -> Planned:
     with safe_open(file, framework="numpy") as opened:
         header = opened.get_slice(name)
         shape, kind = tuple(header.get_shape()), header.get_dtype()
