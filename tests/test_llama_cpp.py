@@ -49,6 +49,13 @@ def converted(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "model.gguf"
 
 
+def test_the_artifact_answers(converted: Path) -> None:
+    """In plain transformers: text in, text out."""
+    result = CliRunner().invoke(main, ["generate", str(converted.parent / "out"), QUESTION])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip().endswith("18")
+
+
 def test_the_converted_model_is_wider(converted: Path) -> None:
     from gguf import GGUFReader
 
