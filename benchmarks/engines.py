@@ -16,7 +16,7 @@ from typing import Any
 from common import random_adapter, write_result
 
 from flora_export.artifact import MODEL
-from flora_export.backends.onnxruntime import describe
+from flora_export.backends.onnxruntime import describe_value
 from flora_export.backends.tensorrt.engine import build_engine
 from flora_export.backends.tensorrt.flavour import load_flavour
 from flora_export.backends.tensorrt.layers import report_layers
@@ -44,7 +44,7 @@ def measure(arm: str, base: BaseModel, checkpoint: Checkpoint, rank: int, cache_
         level = "none" if arm == "unfused" else "both"
         run_passes(captured.model, forward if "by us" in arm else passes_for(level, branches, checkpoint, "tensorrt"))
     profiles = profiles_for({}, base.context, cache_tokens)
-    inputs = [describe(value) for value in captured.model.graph.inputs]
+    inputs = [describe_value(value) for value in captured.model.graph.inputs]
     with tempfile.TemporaryDirectory() as name:
         write_model(captured.model, Path(name))
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora_export.base_model import file_sha256
+from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
 SCHEMA_VERSION = 1
@@ -109,6 +109,11 @@ class Artifact:
     def model(self) -> Path:
         return self.path / MODEL
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a plain Hugging Face checkpoint, with weights [out, in], instead of a graph, with weights [in, out]."""
+        return self.manifest.backend == "hf"
+
 
 def open_artifact(path: Path) -> Artifact:
     """Read an output directory's manifest.
@@ -130,7 +135,8 @@ def open_artifact(path: Path) -> Artifact:
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")
-        missing = {MODEL, DATA, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
+        needed = {INDEX, "config.json"} if manifest.backend == "hf" else {MODEL, DATA, "config.json"}
+        missing = needed - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
         if missing or not (
             manifest.blocks and manifest.ledger and manifest.outputs and manifest.checkpoint["tensors"] and manifest.base["files"]
         ):
@@ -144,8 +150,8 @@ def open_artifact(path: Path) -> Artifact:
 
 
 _VALUES = {
-    "backend": ("onnxruntime", "tensorrt"),
-    "target": ("cpu", "cuda"),
+    "backend": ("onnxruntime", "tensorrt", "hf"),
+    "target": ("cpu", "cuda", "any"),
     "precision": ("fp32", "fp16", "bf16"),
     "padding": ("left", "right"),
 }

@@ -18,13 +18,13 @@ from flora_export.base_model import BaseModel
 from flora_export.errors import BackendError, CheckpointError
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
-# Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). `onnx-standard` holds operators of the standard
-# alone, and `tensorrt` is the same, still to be lowered (passes/lower_attention.py).
+# Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). The others hold operators of the ONNX standard alone:
+# `tensorrt` is still to be lowered (passes/lower_attention.py); `weights` says how projections hang together, and is never run.
 PRECISIONS: dict[str, dict[str, str]] = {
     "cpu": {"fp32": "f32", "fp16": "f16"},
     "cuda": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
-    "onnx-standard": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
     "tensorrt": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+    "weights": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
 }
 
 
@@ -75,7 +75,7 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         with _quiet():
             import mobius
 
-            provider = "onnx-standard" if form == "tensorrt" else form
+            provider = form if form in ("cpu", "cuda") else "onnx-standard"
             package = mobius.build(str(base.path), execution_provider=provider, dtype=PRECISIONS[form][precision])
     except ImportError as error:
         raise BackendError(
@@ -93,7 +93,8 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         raise CheckpointError(
             f"base model {base.name}: {len(empty)} of its weights are missing, first {empty[0]}. Is its download complete?"
         )
-    _mend_attention(model, base, form, PRECISIONS[form][precision])
+    if form != "weights":  # nobody runs its attention
+        _mend_attention(model, base, form, PRECISIONS[form][precision])
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, form, precision, package)
 
@@ -126,7 +127,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str, dtype: str) -> 
         if window and kinds[layer] == "sliding_attention":
             if node.op_type == "GroupQueryAttention":
                 node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
-            elif form in ("onnx-standard", "tensorrt"):
+            elif form == "tensorrt":
                 node.metadata_props[WINDOW] = str(window)  # for LowerAttention, whose mask can express it
             elif window < base.context:
                 raise CheckpointError(

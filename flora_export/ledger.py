@@ -19,12 +19,13 @@ import numpy as np
 import onnx_ir as ir
 from safetensors import safe_open
 
-from flora_export.artifact import DATA, MODEL, Artifact, BlockRecord, LedgerEntry, changed_files
+from flora_export.artifact import DATA, MANIFEST, MODEL, REPORT, Artifact, BlockRecord, LedgerEntry, changed_files
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint, tensor_name
 from flora_export.errors import ArtifactError
 from flora_export.passes import MERGES_SIBLINGS, Fused
 from flora_export.passes.attach import adapter_reader, weight_name
+from flora_export.shards import read_shards
 from flora_export.weights import Array, dims_of, parts_of
 
 Progress = Callable[[int, int], None]  # (done, of)
@@ -91,12 +92,13 @@ class _Hashing(ir.LazyTensor):
     def _read(self) -> ir.Tensor[Any]:
         arrays = [np.ascontiguousarray(part.read()) for part in self.parts]
         assert self.name is not None
-        self.digests[self.name] = [_sha256(array) for array in arrays]
+        self.digests[self.name] = [sha256_of(array) for array in arrays]
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis)
         return ir.Tensor(whole.reshape(self.dims), dtype=self.dtype, name=self.name)
 
 
-def _sha256(array: Array) -> str:
+def sha256_of(array: Array) -> str:
+    """The digest of an array's bytes, C order."""
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data if array.ndim else array.tobytes()).hexdigest()
 
 
@@ -123,17 +125,18 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
     """Check the written files against the manifest, and against the sources where these are given.
 
     Raises:
-        ArtifactError: `model.onnx` cannot be read at all.
+        ArtifactError: `model.onnx`, or a checkpoint's shard, cannot be read at all.
     """
     report = LedgerReport(faults=changed_files(artifact))
-    initializers = _initializers(artifact)
+    initializers = _read_checkpoint(artifact, report) if artifact.is_checkpoint else _initializers(artifact)
     slices: dict[str, list[LedgerEntry]] = defaultdict(list)
     for entry in artifact.manifest.ledger:
         slices[entry.initializer].append(entry)
-    report.faults += [f"initializer {name} is in {MODEL}, but not in the ledger" for name in initializers.keys() - slices.keys()]
+    where = "the checkpoint" if artifact.is_checkpoint else MODEL
+    report.faults += [f"initializer {name} is in {where}, but not in the ledger" for name in initializers.keys() - slices.keys()]
     for name, entries in slices.items():
         if name not in initializers:
-            report.faults += [f"{entry.tensor}: its initializer {name} is not in {MODEL}" for entry in entries]
+            report.faults += [f"{entry.tensor}: its initializer {name} is not in {where}" for entry in entries]
             continue
         tensor = initializers[name]
         _check_one(tensor, entries, report)
@@ -145,6 +148,13 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
     if base is not None:
         _check_base(artifact, base, initializers, report)
     return report
+
+
+def _read_checkpoint(artifact: Artifact, report: LedgerReport) -> dict[str, ir.TensorProtocol]:
+    """The tensors of a plain checkpoint. Loaders look for files by name, so one that was not built can come before those that were."""
+    known = {*artifact.manifest.files, MANIFEST, REPORT}
+    report.faults += [f"{file.name} was not built, and a loader may take it" for file in artifact.path.iterdir() if file.name not in known]
+    return read_shards(artifact.path, list(artifact.manifest.files))
 
 
 def load_graph(artifact: Artifact) -> ir.Model:
@@ -186,7 +196,7 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
         report.bytes[entry.origin] = report.bytes.get(entry.origin, 0) + _slice(values, entry).nbytes
         if entry.origin == "zeros" and np.any(_slice(values, entry)):
             report.faults.append(f"{tensor.name}: its padding, slice [{entry.start}, {entry.stop}), is not zero")
-        if _sha256(_slice(values, entry)) != entry.sha256:
+        if sha256_of(_slice(values, entry)) != entry.sha256:
             report.faults.append(
                 f"{entry.tensor}: its bytes are not in {tensor.name}, axis {entry.axis}, slice [{entry.start}, {entry.stop})"
             )
@@ -226,7 +236,8 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
             if entry.initializer not in initializers:
                 continue  # reported already
             dtype = initializers[entry.initializer].dtype
-            if _sha256(adapter_reader(checkpoint, branch, matrix, dtype)()) != entry.sha256:
+            values = adapter_reader(checkpoint, branch, matrix, dtype)()
+            if sha256_of(values.T if artifact.is_checkpoint else values) != entry.sha256:
                 report.faults.append(
                     f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
                     if matrix == "B"
@@ -245,7 +256,7 @@ def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.
         values = _base_values(entry, files, initializers[entry.initializer].dtype)
         if values is None:
             report.base_tensors_derived.append(entry.tensor)
-        elif _sha256(values) == entry.sha256:
+        elif sha256_of(values) == entry.sha256:
             report.base_tensors_equal += 1
         else:
             report.faults.append(f"{entry.tensor}: is not the tensor of the base model's own file")

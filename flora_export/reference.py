@@ -33,7 +33,7 @@ class Reference:
             CheckpointError: transformers or PEFT cannot load them; their words are quoted.
         """
         try:
-            with _quiet():
+            with quiet():
                 model = AutoModelForCausalLM.from_pretrained(
                     base.path,
                     dtype=torch.float32,
@@ -111,7 +111,8 @@ class Reference:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Silence transformers: its progress bars, its log lines and its warnings."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -18,6 +18,7 @@ torch.set_num_threads(1)  # tiny models: two workers with a thread each beat one
 
 SMOLLM2 = Path(os.environ.get("FLORA_SMOLLM2", Path(__file__).parent.parent / "models" / "smollm2"))
 ADAPTER = Path(__file__).parent.parent / "examples" / "01_train_ffba" / "adapter"
+MLP_ADAPTER = ADAPTER.with_name("adapter_mlp")  # of the same example, beside MLPs alone
 
 
 def silent(what: str, done: int, of: int) -> None:

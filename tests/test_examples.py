@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import ADAPTER
+from tests.conftest import ADAPTER, MLP_ADAPTER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(ADAPTER.parent))
@@ -34,17 +34,24 @@ def test_00_get_smollm2(smollm2: Path) -> None:
     assert "quantization_config" not in config
 
 
+MADE_WITH = {ADAPTER: (), MLP_ADAPTER: ("--target-modules", "mlp", "--rank", 12)}
+
+
 @pytest.mark.real
-def test_01_train_ffba(smollm2: Path, tmp_path: Path) -> None:
-    run(EXAMPLES / "01_train_ffba" / "train.py", "--base", smollm2, "--output", tmp_path, "--steps", 2, "--batch", 2, "--held-out", 0)
-    trained, committed = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, ADAPTER))
+@pytest.mark.parametrize("adapter", MADE_WITH, ids=lambda path: path.name)
+def test_01_train_ffba(adapter: Path, smollm2: Path, tmp_path: Path) -> None:
+    quick = ("--steps", 2, "--batch", 2, "--held-out", 0)
+    run(EXAMPLES / "01_train_ffba" / "train.py", "--base", smollm2, "--output", tmp_path, *quick, *MADE_WITH[adapter])
+    trained, committed = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, adapter))
     assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in committed.items()}
     assert any(v.any() for k, v in trained.items() if "ffba_B" in k)
 
 
-def test_the_committed_adapter_tells_how_it_was_made() -> None:
-    record = json.loads((ADAPTER / "training.json").read_text())
+@pytest.mark.parametrize("adapter", MADE_WITH, ids=lambda path: path.name)
+def test_the_committed_adapters_tell_how_they_were_made(adapter: Path) -> None:
+    record = json.loads((adapter / "training.json").read_text())
     assert "train.py --base" in record["command"]
+    assert all(f" {word}" in record["command"] for word in MADE_WITH[adapter])
     assert record["exact_after"] > record["exact_before"] + 0.3
 
 

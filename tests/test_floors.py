@@ -21,6 +21,7 @@ FLOORS = {
     "flora_export.checkpoint": 2,
     "flora_export.weights": 2,
     "flora_export.ffba": 2,
+    "flora_export.shards": 3,
     "flora_export.capture": 3,
     "flora_export.reference": 3,
     "flora_export.passes": 4,

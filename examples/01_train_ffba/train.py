@@ -3,6 +3,10 @@
     python examples/01_train_ffba/train.py --base models/smollm2 --output examples/01_train_ffba/adapter
 
 The adapter in `adapter/` beside this file was made by exactly this command; `adapter/training.json` tells on what, with its scores.
+
+    python examples/01_train_ffba/train.py --base models/smollm2 --output examples/01_train_ffba/adapter_mlp --target-modules mlp --rank 12
+
+made the one in `adapter_mlp/`: branches beside the MLPs alone, which `--backend hf` can write as a plain Hugging Face checkpoint.
 """
 
 from __future__ import annotations
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--target-modules", nargs="+", default=["self_attn", "mlp"], help="the blocks that get a branch")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--held-out", type=int, default=100, help="problems for the scores before and after; 0 skips them")
     options = parser.parse_args()
@@ -80,7 +85,9 @@ def main() -> None:
     transformers.set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
-    config = flora_export.ffba.FFBAConfig(r=options.rank, alpha=4.0 * options.rank, task_type="CAUSAL_LM")
+    config = flora_export.ffba.FFBAConfig(
+        r=options.rank, alpha=4.0 * options.rank, target_modules=options.target_modules, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base, config)
     model.print_trainable_parameters()
 
@@ -109,7 +116,8 @@ def main() -> None:
     model.save_pretrained(options.output)
     record = {
         "command": f"python examples/01_train_ffba/train.py --base models/smollm2 --output {options.output} --steps {options.steps} "
-        f"--batch {options.batch} --rank {options.rank} --learning-rate {options.learning_rate}",
+        f"--batch {options.batch} --rank {options.rank} --learning-rate {options.learning_rate} "
+        f"--target-modules {' '.join(options.target_modules)}",
         "held_out_problems": options.held_out,
         "exact_before": before,
         "exact_after": after,

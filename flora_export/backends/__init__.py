@@ -20,10 +20,11 @@ class Limits:
 
 # name -> module with TARGETS, `write(Fused, directory, target, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file
 # and one line here.
-BACKENDS: dict[str, str] = {"onnxruntime": "flora_export.backends.onnxruntime", "tensorrt": "flora_export.backends.tensorrt"}
-
-# Promised by the command line, and not built yet.
-PLANNED = ("hf",)
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "flora_export.backends.onnxruntime",
+    "tensorrt": "flora_export.backends.tensorrt",
+    "hf": "flora_export.backends.hf",
+}
 
 # Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).
 PUBLISHED = ("triton",)

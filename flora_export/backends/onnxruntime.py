@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +15,14 @@ import onnxruntime as ort
 
 from flora_export.artifact import Artifact, Manifest, Tensor
 from flora_export.backends import Limits
+from flora_export.backends.manifest import describe
 from flora_export.errors import BackendError
 from flora_export.ledger import Progress, block_records, write_model
-from flora_export.passes import Fused, operator_counts
+from flora_export.passes import Fused
 from flora_export.weights import dims_of
 
 TARGETS = {"cpu": "cpu", "cuda": "cuda"}  # target -> form of the capture
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PACKAGES = ("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors")
 COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
 
 Logits = npt.NDArray[np.float32]
@@ -36,7 +35,7 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress | None 
 
 def write_graph(fused: Fused, directory: Path, backend: str, target: str, progress: Progress | None = None) -> Manifest:
     """The same, for any backend whose artifact holds the graph."""
-    model, base, checkpoint = fused.model, fused.base, fused.checkpoint
+    model, base = fused.model, fused.base
     blocks = block_records(fused)
     ledger = write_model(model, directory, progress)
     fused.capture.write_runtime_files(base, directory, target)
@@ -44,43 +43,20 @@ def write_graph(fused: Fused, directory: Path, backend: str, target: str, progre
         if (base.path / name).is_file():
             shutil.copyfile(base.path / name, directory / name)
     grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
-    return Manifest(
+    return describe(
+        fused,
         backend=backend,
         target=target,
-        precision=fused.capture.precision,
-        fuse=fused.fuse,
-        passes=list(fused.passes),
-        align=fused.align,
-        cache_tokens=fused.cache_tokens,
         padding="right" if grouped or fused.cache_tokens else "left",
-        verified=False,
-        versions=_versions(),
-        base={"name": str(checkpoint.config.get("base_model_name_or_path") or base.config.get("model_type")), "files": base.digests},
-        checkpoint={
-            "digest": checkpoint.digest,
-            "files": checkpoint.digests,
-            "config": checkpoint.config,
-            "tensors": list(checkpoint.tensors),
-        },
-        inputs=[describe(value) for value in model.graph.inputs],
-        outputs=[describe(value) for value in model.graph.outputs],
-        operators={"before": fused.operators_before, "after": operator_counts(model)},
+        versions={"onnxruntime": ort.__version__},
+        inputs=[describe_value(value) for value in model.graph.inputs],
+        outputs=[describe_value(value) for value in model.graph.outputs],
         blocks=blocks,
         ledger=ledger,
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {"onnxruntime": ort.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def describe(value: ir.Value) -> Tensor:
+def describe_value(value: ir.Value) -> Tensor:
     assert value.name is not None and value.dtype is not None and value.shape is not None
     return Tensor(value.name, value.dtype.name, [d if isinstance(d, int) else str(d) for d in value.shape])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flora_export.backends import BACKENDS, PLANNED, PUBLISHED, load_backend
+from flora_export.backends import BACKENDS, PUBLISHED, load_backend
 from flora_export.branch import FUSE_LEVELS
 from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
 from flora_export.cli.engine_options import engine_options, refuse_engine_options
@@ -14,7 +14,7 @@ from flora_export.cli.engine_options import engine_options, refuse_engine_option
 
 @click.command()
 @click.argument("ckpt", type=DIRECTORY)
-@click.option("--backend", type=click.Choice([*BACKENDS, *PUBLISHED, *PLANNED]), required=True, help="Runtime to build for.")
+@click.option("--backend", type=click.Choice([*BACKENDS, *PUBLISHED]), required=True, help="Runtime to build for.")
 @base_option
 @click.option("--output", type=DIRECTORY, required=True, help="Directory to make. Refused where it exists.")
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Machine to build for. Without it, the first that the backend knows.")

@@ -1,7 +1,8 @@
 """Find where an artifact goes wrong: the first stage of the build, and in it the first block, whose output is not eager's.
 
 The build is done again, stage by stage: base graph, attached, each pass; last comes the file that was written. At each stage every
-block's output y is made an output of the graph and compared with what the same module returns in eager PyTorch.
+block's output y is made an output of the graph and compared with what the same module returns in eager PyTorch. A plain checkpoint has
+the last stage alone, and its modules are looked into.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def localise(
 def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iterator[tuple[str, bool, Path, tuple[Branch, ...]]]:
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
+    if artifact.is_checkpoint:  # its graph is never run; the file is the one stage
+        yield WRITTEN, True, artifact.path, checkpoint.branches
+        return
     captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
     run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     branches = place_branches(captured.model, checkpoint, base, manifest.align)
@@ -82,19 +86,29 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
 
 def block_errors(artifact: Artifact, branches: Sequence[Branch], expected: dict[str, Array], tokens: list[int]) -> list[BlockError]:
     """Every block's error for one prompt, in the order of layers. `expected` is eager's `block_outputs`."""
-    graph, names = _expose(artifact.model, branches)
-    decoder = load_backend(artifact.manifest.backend).Decoder(artifact, graph=graph)
-    decoder.start([tokens])
     tolerance = TOLERANCES[artifact.manifest.precision].logits
     errors = []
+    outputs = _block_outputs(artifact, branches, tokens)
     for branch in branches:
-        if branch.block not in names:
+        if branch.block not in outputs:
             continue
-        want, got = expected[branch.block], decoder.result(names[branch.block])[0]
+        want, (name, got) = expected[branch.block], outputs[branch.block]
         layer = next(int(part) for part in branch.block.split(".") if part.isdigit())
         allowed = tolerance * max(1e-3, float(np.abs(want).max()))
-        errors.append(BlockError(branch.block, layer, names[branch.block], float(np.abs(got - want).max()), allowed))
+        errors.append(BlockError(branch.block, layer, name, float(np.abs(got - want).max()), allowed))
     return errors
+
+
+def _block_outputs(artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Array]]:
+    """What each block returns, [tokens, d], and the name under which the artifact has it."""
+    backend = load_backend(artifact.manifest.backend)
+    if artifact.is_checkpoint:
+        values = backend.Decoder(artifact).block_outputs(tokens, [branch.block for branch in branches])
+        return {block: (block, value) for block, value in values.items()}
+    graph, names = _expose(artifact.model, branches)
+    decoder = backend.Decoder(artifact, graph=graph)
+    decoder.start([tokens])
+    return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
 
 
 def _expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, str]]:

@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is allowed: a multiple of the noise floor, and never more than a ceiling; or three times the floor, where eager itself comes near it.
+    """What is allowed: a multiple of the noise floor, below a ceiling; or three times the floor, where eager itself comes near that.
 
     `logits` is the ceiling of the largest error, relative to the largest logit or to 1; `effect` that of the relative error of the
     adapter's effect, ||Δ - Δ'|| / ||Δ||. `epsilon` is the precision's rounding unit; a floor below 4 of it, of the largest logit, is
