@@ -175,7 +175,7 @@ def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
 
 def _longest(base: BaseModel, room: int) -> int:
     """The longest prompt that leaves room for the steps after it; `room` is a cache's or an engine's, or 0."""
-    return min(base.context, room or base.context) - STEPS - 1
+    return max(1, min(base.context, room or base.context) - STEPS - 1)
 
 
 def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:

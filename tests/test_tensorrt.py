@@ -32,6 +32,7 @@ from flora_export.backends.tensorrt.plan import (
 from flora_export.base_model import load_base
 from flora_export.capture import capture
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
+from flora_export.ledger import planned_entries
 from flora_export.passes import lowering, run_passes
 
 # Plans
@@ -73,6 +74,8 @@ def test_profiles_fit_the_context_and_the_cache() -> None:
     assert prefill.tokens[2] == 64 and decode.past[2] == 63
     prefill, decode = profiles_for({}, 8192, 100)
     assert prefill.tokens == (1, 100, 100) and decode.past[2] == 99
+    prefill, decode = profiles_for({"prompt": (1, 128, 8000)}, 131072, 0)
+    assert decode.past == (1, 256, 15999)  # what can be prefilled can be decoded
     with pytest.raises(FloraExportError, match="prompt goes up to 65, but a context of 64 tokens"):
         profiles_for({"prompt": (1, 1, 65)}, 64, 0)
     with pytest.raises(FloraExportError, match="past goes up to 100, but a static cache of 100 places has room for 99"):
@@ -90,13 +93,15 @@ def test_shapes_of_a_profile() -> None:
 @pytest.mark.parametrize(
     ("ranges", "what"),
     [
-        ({"prompt": (1, 4, 10)}, "the prefill profile takes prompt 1 to 10"),
-        ({"past": (1, 4, 20)}, "the decode profile takes past 1 to 20"),
-        ({"batch": (2, 2, 4)}, "the prefill profile takes batch 2 to 4"),
+        ({"prompt": (1, 4, 10)}, "--profile prompt goes up to 10, but the golden prompts"),
+        ({"prompt": (1, 4, 20), "past": (1, 4, 20)}, "--profile past goes up to 20, but the golden prompts"),
+        ({"batch": (2, 2, 4)}, "--profile batch begins at 2"),
+        ({"past": (1, 4, 20)}, "so a prompt of 128 tokens has no next token"),
     ],
 )
 def test_profiles_that_leave_out_the_golden_prompts(ranges: dict[str, Any], what: str) -> None:
     check_prompts(profiles_for({}, 128, 0), [[1] * 11], 16)
+    check_prompts(profiles_for({"prompt": (1, 4, 11), "past": (1, 4, 26)}, 128, 0), [[1] * 11], 16)
     with pytest.raises(FloraExportError, match=what):
         check_prompts(profiles_for(ranges, 128, 0), [[1] * 11], 16)
 
@@ -224,7 +229,7 @@ LAYERS = """Layers:
 Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Metadata:
 Name: q+A_myl1_1, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [-1,64] }], Metadata: [ONNX Layer: q]\x1f[ONNX Layer: A]
 Name: __myl_Add_myl1_2, LayerType: kgen, Inputs: [], Metadata: [ONNX Layer: add]
-Name: q_myl3_1, LayerType: gemm, Inputs: [], Metadata: [ONNX Layer: q]
+Name: q [profile 1]_myl3_1, LayerType: gemm, Inputs: [], Metadata: [ONNX Layer: q]
 Name: A_myl3_2, LayerType: gemm, Inputs: [], Metadata: [ONNX Layer: A]
 
 I/O Tensors:"""
@@ -241,7 +246,7 @@ def test_layer_lists_are_traced_to_weights() -> None:
         node.name = name
     part = Part("block.ffba_A.weight", "adapter", 2, 1.0, lambda: np.zeros((4, 2), np.float32))
     model.graph.initializers["a"].const_value = Stacked("a", [part], 1, ir.DataType.FLOAT, [4])
-    report = report_layers(LAYERS, model)
+    report = report_layers(LAYERS, model, planned_entries(model))
     assert report.kernels == (2, 2)
     assert [report.gemm_count(profile) for profile in (0, 1)] == [1, 2]
     merged, alone = report.gemms[0], report.gemms[2]
@@ -258,6 +263,7 @@ def test_no_layer_list_is_an_error() -> None:
 
 
 def _artifact(path: Path, **changes: Any) -> Artifact:
+    counts = {key: {"prefill": 1, "decode": 1} for key in ("kernels", "gemms")}
     engine = {
         "flavour": "rtx",
         "version": "1.7",
@@ -266,6 +272,7 @@ def _artifact(path: Path, **changes: Any) -> Artifact:
         "workspace_mib": None,
         "version_compatible": False,
         "refittable": False,
+        "layers": {"adapted": counts, "base": None, "adapter_gemms_alone": []},
     }
     fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Manifest)}
     (path / "model.engine").write_bytes(b"engine")
@@ -279,7 +286,7 @@ def test_an_engine_is_checked_against_the_machine(tmp_path: Path, monkeypatch: p
     assert session.check_runnable(artifact, plan, "8.9").name == "rtx"
     with pytest.raises(BackendError, match=r"for compute capability 8\.9, but this GPU has 8\.6\. Make the engine .* flora-export rebuild"):
         session.check_runnable(artifact, plan, "8.6")
-    with pytest.raises(BackendError, match="needs an NVIDIA GPU, and PyTorch sees none"):
+    with pytest.raises(BackendError, match=r"needs an NVIDIA GPU, and PyTorch .* sees none"):
         session.check_runnable(artifact, plan, None)
     (tmp_path / "model.engine").write_bytes(b"eng")
     with pytest.raises(ArtifactError, match="3 bytes, but the manifest says 6"):

@@ -22,7 +22,13 @@ from tests.conftest import silent
 
 pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX: pip install 'flora-export[tensorrt-rtx]'", exc_type=ImportError)
 
-FAST = ["--precision", "fp16", "--profile", "prompt=1:16:64 batch=1:1:4", "--no-engine-cache", "--no-compare-base"]
+FAST = ["--precision", "fp16", "--profile", "prompt=1:16:64 past=1:32:127 batch=1:1:4", "--no-engine-cache", "--no-compare-base"]
+
+
+def explain_json(out: Path) -> dict[str, Any]:
+    result = run("explain", out, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
 
 
 def run(*arguments: object) -> Result:
@@ -72,13 +78,15 @@ def test_lint_of_another_backend(base: Path, adapter: Path, tmp_path: Path) -> N
 def test_rebuild(out: Path) -> None:
     """For another GPU: a new engine, the rest as it was, the golden vectors replayed."""
     before = open_artifact(out).manifest
+    gemms = explain_json(out)["gemms"]
     result = run("rebuild", out, "--compute-capability", "12.0", "--no-engine-cache")
     assert result.exit_code == 0, result.output
     after = open_artifact(out).manifest
     assert after.engine["compute_capabilities"] == ["12.0"] and after.engine["profiles"] == before.engine["profiles"]
     changed = {name for name in after.files if after.files[name] != before.files[name]}
     assert ENGINE in changed and changed <= {ENGINE, "engine.json"}
-    assert run("explain", out).exit_code == 0
+    held = [(gemm["profile"], gemm["adapters"]) for gemm in explain_json(out)["gemms"]]
+    assert held == [(gemm["profile"], gemm["adapters"]) for gemm in gemms] and any(adapters for _, adapters in held)
 
 
 def test_a_truncated_engine_is_found_and_can_be_rebuilt(out: Path) -> None:
@@ -115,12 +123,17 @@ def test_rebuild_whose_golden_vectors_differ(out: Path, monkeypatch: pytest.Monk
         ([], 3, "give it --compute-capability, one or more of"),
         (["--compute-capability", "9.0"], 2, "does not build for it; it builds for"),
         (["--compute-capability", "sm_89"], 2, "expected a number such as 8.9"),
-        (["--compute-capability", "8.9", "--profile", "prompt=1:4:8"], 2, "the prefill profile takes prompt 1 to 8, but a golden"),
+        (["--compute-capability", "8.9", "--profile", "prompt=1:4:8"], 2, "--profile prompt goes up to 8, but the golden prompts"),
         (["--compute-capability", "8.9", "--profile", "prompt=1:4:8192"], 2, "but a context of 128 tokens has room for 128"),
         (["--compute-capability", "8.9", "--kv-cache", "static"], 2, "expected growing, or static:N"),
         (["--compute-capability", "8.9", "--workspace", "1", "--profile", "prompt=1:64:128"], 3, "Allow a larger --workspace"),
         (["--compute-capability", "8.9", "--refittable"], 3, "leave out --refittable"),
-        (["--compute-capability", "8.9", "--version-compatible"], 3, "leave out --version-compatible"),
+        (["--compute-capability", "8.9", "--version-compatible"], 2, "has no --version-compatible: engines are for one version"),
+        (["--compute-capability", "8.9", "--timing-cache", "t"], 2, "has no --timing-cache: nothing is timed"),
+        (["--compute-capability", "8.9", "--kv-cache", "static:16"], 2, "expected 32 places to 128, the model's context"),
+        (["--compute-capability", "8.9", "--kv-cache", "static:500"], 2, "expected 32 places to 128, the model's context"),
+        (["--compute-capability", "8.9", "--profile", "batch=2:2:4"], 2, "begin at 1"),
+        (["--compute-capability", "8.9", "--profile", "past=1:2:3", "--no-verify"], 2, "--profile past goes up to 3"),
         (["--compute-capability", "8.9", "--target", "cpu"], 2, "backend tensorrt does not build for cpu"),
         (["--trt-flavor", "tensorrt"], 3, "pip install 'flora-export[tensorrt]'"),
     ],
@@ -139,6 +152,47 @@ def test_bad_input_leaves_the_output_as_it_was(
 def test_engine_options_are_refused_elsewhere(base: Path, adapter: Path, tmp_path: Path) -> None:
     result = run("build", adapter, "--base", base, "--backend", "onnxruntime", "--output", tmp_path / "out", "--compute-capability", "8.9")
     assert result.exit_code == 2 and "--compute-capability is for --backend tensorrt" in result.output
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"engine": {}}, {"engine": {"a": 1}}, {"layers": {}}, {"compute_capabilities": 8.9}, {"version": None}, {"flavour": "other"}],
+    ids=str,
+)
+def test_a_damaged_plan(out: Path, damage: dict[str, Any]) -> None:
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["engine"] = damage["engine"] if "engine" in damage else manifest["engine"] | damage
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for command in ("explain", "verify", "rebuild"):
+        result = run(command, out)
+        assert result.exit_code == 2 and "does not say how its engine was built" in result.output, (command, result.output)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"gemms": [{"a": 1}]}', "[", '{"gemms": 3}'])
+def test_a_damaged_list_of_layers(out: Path, content: str) -> None:
+    (out / "engine.json").write_text(content)
+    result = run("explain", out)
+    assert result.exit_code == 2 and "is damaged" in result.output, result.output
+
+
+def test_rebuild_needs_golden_vectors(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--compute-capability", "8.9", *FAST, "--no-verify"]
+    assert run("build", adapter, "--base", base, "--backend", "tensorrt", "--output", out, *options).exit_code == 0
+    result = run("rebuild", out, "--compute-capability", "8.9")
+    assert result.exit_code == 2 and "so no engine of it can be checked" in result.output
+
+
+def test_building_for_another_machine_than_this(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU in the building machine that is not the one to serve: the lowered graph is verified on the CPU; the finished OUT is refused."""
+    monkeypatch.setattr("flora_export.backends.tensorrt.machine_capability", lambda: "9.0")
+    monkeypatch.setattr("flora_export.backends.tensorrt.session.machine_capability", lambda: "9.0")
+    out = tmp_path / "out"
+    result = run("build", adapter, "--base", base, "--backend", "tensorrt", "--compute-capability", "8.9", "--output", out, *FAST)
+    assert result.exit_code == 0 and "the engine itself was not run" in result.output
+    assert run("rebuild", out, "--compute-capability", "8.6", "--no-engine-cache").exit_code == 0
+    refused = run("verify", out)
+    assert refused.exit_code == 3 and "is for compute capability 8.6, but this GPU has 9.0" in refused.output
 
 
 def test_what_the_parser_refuses_is_named(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ import onnxruntime as ort
 import pytest
 
 from flora_export.artifact import Artifact
+from flora_export.backends import load_backend
 from flora_export.backends.tensorrt import session
 from flora_export.backends.tensorrt.flavour import Flavour
-from flora_export.backends.tensorrt.plan import EngineOptions, parse_ranges
+from flora_export.backends.tensorrt.plan import EngineOptions, engine_plan, parse_ranges
 from flora_export.backends.tensorrt.portable import PortableDecoder
 from flora_export.errors import BackendError
-from flora_export.pipeline import BuildOptions, build
+from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.verify.coverage import run_forced
 from flora_export.verify.golden import replay
 from tests.conftest import silent
@@ -42,7 +43,9 @@ class StandIn:
         self.session = ort.InferenceSession(artifact.model, options)
         self.values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.num_io_tensors = len(self.values)
-        self.profiles = list(artifact.manifest.engine["profiles"])
+        self.inputs = {tensor.name: tensor for tensor in artifact.manifest.inputs}
+        self.profiles = engine_plan(artifact).profiles
+        self.contexts = 0
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.values)[index]
@@ -50,7 +53,11 @@ class StandIn:
     def get_tensor_dtype(self, name: str) -> Any:
         return types.SimpleNamespace(name=TYPES[self.values[name].type][0])
 
-    def create_execution_context(self) -> Context:
+    def create_runtime_config(self) -> Any:
+        return types.SimpleNamespace()
+
+    def create_execution_context(self, config: Any = None) -> Context:
+        self.contexts += 1
         return Context(self)
 
 
@@ -60,12 +67,14 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]]
         self.addresses: dict[str, int]
 
-    def set_optimization_profile_async(self, index: int, stream: int) -> None:
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = index
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
-        return name != "input_ids" or (shape[1] == 1 if self.profile == session.DECODE else shape[1] <= 64)
+        profile, tensor = self.engine.profiles[self.profile], self.engine.inputs[name]
+        return all(low <= size <= high for low, size, high in zip(profile.shape(tensor, 0), shape, profile.shape(tensor, 2), strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> None:
         assert address
@@ -97,7 +106,8 @@ def artifact(request: pytest.FixtureRequest, base: Path, adapter: Path, tmp_path
 @pytest.fixture
 def decoder(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> session.EngineDecoder:
     runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda content: StandIn(artifact))
-    trt = types.SimpleNamespace(ILogger=object, Runtime=lambda logger: runtime)
+    strategy = types.SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
+    trt = types.SimpleNamespace(ILogger=object, Runtime=lambda logger: runtime, CudaGraphStrategy=strategy)
     version = artifact.manifest.engine["version"]
     monkeypatch.setattr(session, "load_flavour", lambda name: Flavour("rtx", version, trt))
     monkeypatch.setattr(session, "logged", lambda flavour: _nothing())
@@ -139,6 +149,39 @@ def test_golden_vectors_replay(decoder: session.EngineDecoder, artifact: Artifac
     assert replay(artifact, decoder) == []
 
 
-def test_beyond_the_profile(decoder: session.EngineDecoder) -> None:
-    with pytest.raises(BackendError, match=r"does not take input_ids \(1, 65\): its profile prefill"):
-        decoder.start([[5] * 65])
+def test_other_batch_sizes_between(decoder: session.EngineDecoder, artifact: Artifact) -> None:
+    """What is kept of a static decode step belongs to one batch size."""
+    (expected,) = run_forced(PortableDecoder(artifact), PROMPTS[:1], FORCED[:1])
+    for rows in (1, 3, 1, 1):
+        got = run_forced(decoder, PROMPTS[:rows], FORCED[:rows])
+        np.testing.assert_allclose(got[0], expected, rtol=0, atol=5e-3)
+    assert decoder.engine.contexts == (4 if artifact.manifest.cache_tokens else 2)  # a new one each time that the batch changes
+
+
+def test_verification_keeps_to_what_the_engine_takes(
+    decoder: session.EngineDecoder, artifact: Artifact, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU: long prompts, a ragged batch and the near end of the context, within the profiles."""
+    backend = load_backend("tensorrt")
+    portable = backend.Decoder
+    monkeypatch.setattr(
+        backend, "Decoder", lambda a, *, adapter=True, **more: decoder if adapter and not more else portable(a, adapter=adapter, **more)
+    )
+    report = verify(artifact.path, adapter, str(base), VerifyOptions(), silent)
+    assert report.verified, report.to_text()
+    assert report.environment["runtime"].startswith("TensorRT-RTX")
+    assert "; without its adapter in ONNX Runtime" in report.environment["runtime"]
+    assert report.numerics is not None
+    assert max(case.past[1] for case in report.numerics.cases) == decoder.limits.total - 2
+
+
+def test_beyond_what_the_engine_takes(decoder: session.EngineDecoder) -> None:
+    with pytest.raises(BackendError, match=r"1 rows of 41 tokens: the engine was built for up to 8 rows, prompts of 40 tokens"):
+        decoder.start([[5] * 41])
+    with pytest.raises(BackendError, match="9 rows of 2 tokens"):
+        decoder.start([[5, 6]] * 9)
+    decoder.start([[5] * 40])
+    for _ in range(decoder.limits.total - 40):
+        decoder.step([5])
+    with pytest.raises(BackendError, match=f"1 rows of {decoder.limits.total + 1} tokens"):
+        decoder.step([5])

@@ -5,7 +5,8 @@ PyTorch holds the memory and the stream; it computes nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from flora_export.backends.tensorrt.plan import EnginePlan, engine_plan
 from flora_export.errors import ArtifactError, BackendError
 
 Logits = npt.NDArray[np.float32]
+Buffers = dict[str, torch.Tensor]  # by the name of the engine's input or output
 
 _TORCH = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
 PREFILL, DECODE = 0, 1  # optimization profiles, and one execution context each
@@ -41,7 +43,9 @@ def check_runnable(artifact: Artifact, plan: EnginePlan, here: str | None) -> Fl
             f"{artifact.path}: its engine was built with {flavour.title} {plan.version}, but {flavour.version} is installed. {remedy}"
         )
     if here is None:
-        raise BackendError(f"{artifact.path}: an engine needs an NVIDIA GPU, and PyTorch sees none on this machine")
+        raise BackendError(
+            f"{artifact.path}: an engine needs an NVIDIA GPU, and PyTorch {torch.__version__}, which holds its memory, sees none"
+        )
     if here not in plan.compute_capabilities:
         raise BackendError(
             f"{artifact.path}: its engine is for compute capability {', '.join(plan.compute_capabilities)}, but this GPU has {here}. "
@@ -50,7 +54,7 @@ def check_runnable(artifact: Artifact, plan: EnginePlan, here: str | None) -> Fl
     known = artifact.manifest.files.get(ENGINE, {}).get("bytes")
     file = artifact.path / ENGINE
     size = file.stat().st_size if file.is_file() else None
-    if size is None or (known is not None and size != known):  # a manifest that is not sealed yet knows no files
+    if size is None or (known is not None and size != known):  # an artifact that is being built has no hashes yet
         raise ArtifactError(f"{file}: {size or 'no'} bytes, but the manifest says {known}. {remedy}")
     return flavour
 
@@ -65,32 +69,31 @@ class EngineDecoder:
             BackendError: it cannot run here, or TensorRT refuses it.
             ArtifactError: its file is damaged.
         """
-        plan = engine_plan(artifact)
-        flavour = check_runnable(artifact, plan, machine_capability())
-        self.artifact, self.plan, self.device = artifact, plan, torch.device(device)
+        self.artifact, self.plan, self.device = artifact, engine_plan(artifact), torch.device(device)
+        self.flavour = check_runnable(artifact, self.plan, machine_capability())
+        self.limits = self.plan.limits
         self.static, self.right = artifact.manifest.cache_tokens, artifact.manifest.padding == "right"
-        with logged(flavour) as (logger, log):
-            self.engine = flavour.trt.Runtime(logger).deserialize_cuda_engine((artifact.path / ENGINE).read_bytes())
+        with logged(self.flavour) as (logger, self.log):
+            runtime = self.flavour.trt.Runtime(logger)
+            runtime.engine_host_code_allowed = self.plan.version_compatible  # such engines bring the code that runs them
+            self.engine = runtime.deserialize_cuda_engine((artifact.path / ENGINE).read_bytes())
         if self.engine is None:
             raise BackendError(
-                f"{flavour.title} refuses {artifact.path / ENGINE}: {' '.join(log.errors) or 'no reason given'}. "
+                f"{self.flavour.title} refuses {artifact.path / ENGINE}: {self._reason()}. "
                 f"Make it again: flora-export rebuild {artifact.path}"
             )
         self.stream: Any = torch.cuda.Stream() if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.contexts = [self.engine.create_execution_context() for _ in plan.profiles]
-        for index, context in enumerate(self.contexts):
-            context.set_optimization_profile_async(index, self._handle())
-        self._wait()
+        self.contexts = [self._context(profile) for profile in (PREFILL, DECODE)]
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         self.types = {name: _TORCH[self.engine.get_tensor_dtype(name).name] for name in names}
         shapes = {tensor.name: tensor.shape for tensor in artifact.manifest.inputs}
-        self.cache_names = [name for name in shapes if name.startswith("past_key_values.")]
-        self.shapes = {name: (int(shapes[name][1]), int(shapes[name][3])) for name in self.cache_names}
-        self.cache: dict[str, torch.Tensor] = {}
+        self.shapes = {n: (int(shape[1]), int(shape[3])) for n, shape in shapes.items() if n.startswith("past_key_values.")}
+        self.present = {name: name.replace("past_key_values.", "present.") for name in self.shapes}
+        self.cache: Buffers = {}
         self.vocabulary = int(artifact.manifest.outputs[0].shape[-1])
         self.unused = torch.zeros(1, device=self.device)  # the address of a tensor with no elements
-        self.graphs: dict[int, tuple[Any, dict[str, torch.Tensor]]] = {}  # by batch size: a captured decode step and its buffers
-        self.runtime = f"{flavour.title} {flavour.version}, compute capability {machine_capability()}"
+        self.captured: tuple[int, Any, Buffers] | None = None  # batch size, CUDA graph and buffers of a decode step
+        self.runtime = f"{self.flavour.title} {self.flavour.version}, compute capability {machine_capability()}"
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
@@ -101,10 +104,9 @@ class EngineDecoder:
         ids = np.zeros((len(prompts), width), np.int64)
         ids[mask] = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
         self.mask = mask.astype(np.int64)
+        self._check(len(prompts), width, self.limits.prompt)
         self.cache = self._room(len(prompts), self.static)
         positions = np.clip(np.cumsum(self.mask, axis=1) - 1, 0, None)
-        if self.static:  # the cache is written from the first position on, place by place
-            positions = np.tile(np.arange(width), (len(prompts), 1))
         logits = self._call(ids, positions, PREFILL, past=0)
         return [logits[row][mask[row]] for row in range(len(prompts))]
 
@@ -113,6 +115,7 @@ class EngineDecoder:
         past = self.mask.shape[1]
         self.lengths += 1
         self.mask = np.pad(self.mask, ((0, 0), (0, 1)), constant_values=1)
+        self._check(len(tokens), int(self.lengths.max()) if self.static else past + 1, self.limits.total)
         return self._call(np.asarray(tokens, np.int64)[:, None], self.lengths[:, None] - 1, DECODE, past)[:, -1]
 
     def cache_shapes(self) -> list[tuple[int, int]]:
@@ -122,89 +125,129 @@ class EngineDecoder:
     def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
+        self._check(batch, past, self.limits.total)
         self.lengths, self.mask = np.full(batch, past), np.ones((batch, past), np.int64)
         self.cache = self._room(batch, self.static or past)
-        for layer, pair in enumerate(cache):
-            for kind, array in zip(("key", "value"), pair, strict=True):
-                self.cache[f"past_key_values.{layer}.{kind}"][:, :, :past] = torch.from_numpy(np.ascontiguousarray(array))
+        with self._on_stream():
+            for layer, pair in enumerate(cache):
+                for kind, array in zip(("key", "value"), pair, strict=True):
+                    self.cache[f"past_key_values.{layer}.{kind}"][:, :, :past] = torch.from_numpy(np.ascontiguousarray(array))
 
-    def _room(self, batch: int, places: int) -> dict[str, torch.Tensor]:
+    def _check(self, batch: int, tokens: int, most: int) -> None:
+        """Shapes of a static cache never change, so nothing else would stop a write beyond its end."""
+        if batch > self.limits.batch or tokens > most:
+            raise BackendError(
+                f"{batch} rows of {tokens} tokens: the engine was built for up to {self.limits.batch} rows, prompts of "
+                f"{self.limits.prompt} tokens, and {self.limits.total} in all. Build with wider --profile bounds, or a larger --kv-cache."
+            )
+
+    def _room(self, batch: int, places: int) -> Buffers:
         """Cache tensors [batch, KV heads, places, head size]. A static cache is kept: a captured graph knows its addresses."""
-        if self.static and batch in self.graphs:
-            return self.cache_of(batch)
-        return {n: torch.zeros((batch, h, places, s), dtype=self.types[n], device=self.device) for n, (h, s) in self.shapes.items()}
-
-    def cache_of(self, batch: int) -> dict[str, torch.Tensor]:
-        buffers = self.graphs[batch][1]
-        return {name: buffers[name] for name in self.cache_names}
+        if self.captured is not None and self.captured[0] == batch:
+            return {name: self.captured[2][name] for name in self.shapes}
+        with self._on_stream():
+            return {n: torch.zeros((batch, h, places, s), dtype=self.types[n], device=self.device) for n, (h, s) in self.shapes.items()}
 
     def _call(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], profile: int, past: int) -> Logits:
         """Run the engine, and keep the cache that it leaves. Returns logits [batch, tokens, vocabulary]."""
         batch, tokens = ids.shape
         feeds = {"input_ids": ids, "position_ids": positions, "attention_mask": self.mask}
-        buffers = {n: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for n, v in feeds.items() if n in self.types}
-        if self.static and profile == DECODE and self.stream is not None:
-            return self._replay(batch, buffers)
-        buffers |= self.cache
-        self._bind_outputs(buffers, batch, tokens, past)
-        self._run(profile, buffers)
-        self._wait()
-        self.cache = {name: buffers[_present(name)] for name in self.cache_names}
-        return _fp32(buffers["logits"])
+        try:
+            with self._on_stream():
+                buffers = {n: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for n, v in feeds.items() if n in self.types}
+                if self.static and profile == DECODE:
+                    buffers = self._decode_static(batch, buffers)
+                else:
+                    buffers |= self.cache
+                    self._add_outputs(buffers, batch, tokens, past)
+                    self._run(profile, buffers)
+                self._wait()
+                self.cache = {name: buffers[self.present[name]] for name in self.shapes}
+                logits: Logits = buffers["logits"].float().cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise BackendError(f"the GPU has no memory left for {batch} rows of {past + tokens} tokens: {error}") from error
+        return logits
 
-    def _bind_outputs(self, buffers: dict[str, torch.Tensor], batch: int, tokens: int, past: int) -> None:
-        for name in self.cache_names:
-            heads, size = self.shapes[name]
+    def _add_outputs(self, buffers: Buffers, batch: int, tokens: int, past: int) -> None:
+        for name, (heads, size) in self.shapes.items():
             # A static cache is updated in place: the engine has the same memory as input and as output.
             grown = [batch, heads, past + tokens, size]
             new = buffers[name] if self.static else torch.empty(grown, dtype=self.types[name], device=self.device)
-            buffers[_present(name)] = new
+            buffers[self.present[name]] = new
         buffers["logits"] = torch.empty((batch, tokens, self.vocabulary), dtype=self.types["logits"], device=self.device)
 
-    def _run(self, profile: int, buffers: dict[str, torch.Tensor]) -> None:
+    def _run(self, profile: int, buffers: Buffers) -> None:
         context = self.contexts[profile]
         for name, tensor in buffers.items():
-            if (
-                name in self.types
-                and not name.startswith(("present.", "logits"))
-                and not context.set_input_shape(name, tuple(tensor.shape))
-            ):
+            is_input = not name.startswith(("present.", "logits"))
+            if is_input and not context.set_input_shape(name, tuple(tensor.shape)):
                 bounds = self.plan.profiles[profile]
                 raise BackendError(f"the engine does not take {name} {tuple(tensor.shape)}: its profile {bounds.name} is {bounds}")
             context.set_tensor_address(name, tensor.data_ptr() or self.unused.data_ptr())
         if not context.execute_async_v3(self._handle()):
-            raise BackendError(f"the engine failed on input_ids {tuple(buffers['input_ids'].shape)}")
+            raise BackendError(f"the engine failed on input_ids {tuple(buffers['input_ids'].shape)}: {self._reason()}")
 
-    def _replay(self, batch: int, feeds: dict[str, torch.Tensor]) -> Logits:
-        """A decode step with a static cache, as one CUDA graph; captured the first time that a batch of this size is decoded."""
-        if batch not in self.graphs:
+    def _decode_static(self, batch: int, feeds: Buffers) -> Buffers:
+        """A decode step with a static cache: always the same memory, so that it is one CUDA graph from the second step on.
+
+        A graph holds what its context computed for its shapes: another batch size has a context and a graph of its own, one at a time.
+        """
+        if self.captured is None or self.captured[0] != batch:
+            if self.captured is not None:
+                self.captured = None
+                self.contexts[DECODE] = self._context(DECODE)
             buffers = feeds | self.cache
-            self._bind_outputs(buffers, batch, 1, 0)
-            self._run(DECODE, buffers)  # before the capture: the engine sets itself up. The step is done again by the graph's replay.
-            self._wait()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._run(DECODE, buffers)
-            self.graphs[batch] = graph, buffers
-        graph, buffers = self.graphs[batch]
+            self._add_outputs(buffers, batch, 1, 0)
+            self._run(DECODE, buffers)  # before a capture the engine must have run, to set itself up
+            self.captured = batch, self._capture(buffers), buffers
+            return buffers
+        _, replay, buffers = self.captured
         for name, value in feeds.items():
             buffers[name].copy_(value)
-        graph.replay()
+        replay()
+        return buffers
+
+    def _capture(self, buffers: Buffers) -> Any:
+        """What does the step once more. TensorRT-RTX captures by itself, by its context's configuration."""
+
+        def again() -> None:
+            self._run(DECODE, buffers)
+
+        if self.stream is None or self.flavour.name == "rtx":
+            return again
         self._wait()
-        return _fp32(buffers["logits"])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            again()
+        return graph.replay
+
+    def _context(self, profile: int) -> Any:
+        """An execution context for one profile. Raises BackendError where the GPU has no room for it."""
+        arguments = []
+        if self.static and self.flavour.name == "rtx":
+            arguments = [self.engine.create_runtime_config()]
+            arguments[0].cuda_graph_strategy = self.flavour.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self.engine.create_execution_context(*arguments)
+        if context is None or not context.set_optimization_profile_async(profile, self._handle()):
+            raise BackendError(f"{self.flavour.title} cannot make an execution context for {self.artifact.path / ENGINE}: {self._reason()}")
+        self._wait()
+        return context
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Copies and the engine's work in one order."""
+        if self.stream is None:
+            yield
+        else:
+            with torch.cuda.stream(self.stream):
+                yield
 
     def _handle(self) -> int:
         return int(self.stream.cuda_stream) if self.stream is not None else 0
 
     def _wait(self) -> None:
         if self.stream is not None:
-            torch.cuda.synchronize()
+            self.stream.synchronize()
 
-
-def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.")
-
-
-def _fp32(logits: torch.Tensor) -> Logits:
-    array: Logits = logits.float().cpu().numpy()
-    return array
+    def _reason(self) -> str:
+        return " ".join(self.log.errors) or "TensorRT gives no reason"
