@@ -14,6 +14,9 @@ from flora_export.errors import BackendError
 CONFIG = "genai_config.json"
 
 
+MAX_ROWS = 32  # that GenAI 0.18 takes as one batch
+
+
 class GenaiTokens:
     """Greedy tokens of a batch, one of each row at a time."""
 
@@ -29,7 +32,10 @@ class GenaiTokens:
             raise BackendError(f"onnxruntime-genai cannot be imported ({error}): pip install 'flora-export[genai]'") from error
         if artifact.manifest.backend != "onnxruntime" or not (artifact.path / CONFIG).is_file():
             raise BackendError(f"ONNX Runtime GenAI runs a graph for ONNX Runtime with a {CONFIG}; {artifact.path} is or has none")
-        self.og, self.path, self.rows, self.limits = og, artifact.path, rows, Limits()
+        self.limits = Limits(batch=MAX_ROWS)
+        if len(rows) > MAX_ROWS:
+            raise BackendError(f"ONNX Runtime GenAI takes {MAX_ROWS} prompts at once, not {len(rows)}. Use --runtime decoder.")
+        self.og, self.path, self.rows = og, artifact.path, rows
         # Padding tokens at a prompt's end count as padding, in a single prompt as well, silently: take one that ends no prompt.
         last = {row[-1] for row in rows}
         self.padding = next(token for token in range(len(last) + 1) if token not in last)

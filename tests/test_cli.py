@@ -105,7 +105,7 @@ BAD: list[tuple[Callable[[Path, Path, Path], list[Any]], int, str]] = [
         3,
         "does not run on target cpu",
     ),
-    (lambda c, b, o: ["build", c, "--base", b, "--backend", "tensorrt", "--output", o], 3, "backend tensorrt is not built yet"),
+    (lambda c, b, o: ["build", c, "--base", b, "--backend", "other", "--output", o], 2, "'other' is not one of 'onnxruntime', 'tensorrt'"),
     (lambda c, b, o: ["verify", o], 2, "is no artifact"),
     (lambda c, b, o: ["explain", o], 2, "is no artifact"),
     (lambda c, b, o: ["generate", o], 2, "Missing argument"),

@@ -92,11 +92,11 @@ def test_generate_uses_it(spoken: tuple[Path, Path, Path]) -> None:
 
 def test_the_command_says_which_it_was(spoken: tuple[Path, Path, Path]) -> None:
     arguments = ["generate", str(spoken[2]), "丅万", "--max-new-tokens", "4"]
-    for runtime, name in (("auto", "genai"), ("decoder", "decoder")):
+    for runtime, name in (("auto", "genai"), ("decoder", "ONNX Runtime")):
         result = CliRunner().invoke(main, [*arguments, "--runtime", runtime, "--json"])
         assert result.exit_code == 0, result.stderr
-        assert json.loads(result.stdout)["answers"][0]["runtime"] == name
-        assert f"(runtime {name})" in result.stderr
+        assert json.loads(result.stdout)["answers"][0]["runtime"].startswith(name)
+        assert f"(runtime {name}" in result.stderr
     result = CliRunner().invoke(main, [*arguments, "--runtime", "genai", "--without-adapter"])
     assert (result.exit_code, "use --runtime decoder" in result.stderr) == (2, True)
 

@@ -33,7 +33,7 @@ PUBLISHED = ("triton",)
 def load_backend(name: str) -> ModuleType:
     """Import a backend. Raises BackendError where it, or a package that it needs, is not there."""
     if name not in BACKENDS:
-        raise BackendError(f"backend {name} is not built yet; there is {', '.join(BACKENDS)}")
+        raise BackendError(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
     try:
         return importlib.import_module(BACKENDS[name])
     except ImportError as error:
