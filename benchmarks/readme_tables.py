@@ -25,8 +25,10 @@ METRICS = ("tpot", "ttft", "total")
 def section() -> str:
     """The measured section, without its heading."""
     results = "benchmarks/results"
-    files = (f"{results}/decode.json", f"{results}/build.json", f"{results}/engines.json", "examples/01_train_ffba/adapter/training.json")
-    decode, build, engines, training = (json.loads((ROOT / file).read_text()) for file in files)
+    examples = "examples/01_train_ffba"
+    files = [f"{results}/{name}.json" for name in ("decode", "build", "engines", "decode_mlp", "serve")]
+    files += [f"{examples}/{adapter}/training.json" for adapter in ("adapter", "adapter_mlp")]
+    decode, build, engines, decode_mlp, serve, training, training_mlp = (json.loads((ROOT / file).read_text()) for file in files)
     settings = decode["settings"]
     past, prompt, new = settings["past_tokens"][0], settings["prompt_tokens"][0], settings["new_tokens"]
     scores = f"{training['exact_before']:.2f} to {training['exact_after']:.2f}"
@@ -49,7 +51,9 @@ def section() -> str:
             f"The example's adapter (rank 8, 0.7 M parameters, {training['training_seconds'] / 60:.0f} minutes of training on two cores)",
             f"takes exact answers on {training['held_out_problems']} held-out word problems from {scores}",
             "([training.json](examples/01_train_ffba/adapter/training.json)).",
+            *mlp_paragraph(decode_mlp, training_mlp),
         ],
+        serve_paragraph(serve),
     ]
     head = f"| ratio to the base model (95 % interval) | decode, {past} past tokens | prefill, {prompt} tokens | {prompt} + {new} tokens |"
     table = [head, "| --- | --- | --- | --- |", *rows(decode)]
@@ -78,6 +82,32 @@ def engine_paragraph(engines: dict[str, Any]) -> list[str]:
         f"and one more kernel per attention block: {kernels['fused']}, the base {kernels['base']}.",
         f"Unfused it has {kernels['unfused']}, with LoRA {kernels['lora']} and {gemms['lora']} GEMMs",
         "([engines.json](benchmarks/results/engines.json); counted from the builder's list of layers, not timed).",
+    ]
+
+
+def mlp_paragraph(decode: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    """The adapter that lives in MLPs alone: its accuracy and latency."""
+    ratios = {(m["arm"], m["metric"]): (m["ratio_to_base"], *m["ratio_interval"]) for m in decode["measurements"] if m["arm"] != "base"}
+    (fused, *interval), (lora, *_) = ratios[("fused", "tpot")], ratios[("lora-budget", "tpot")]
+    scores = f"{training['exact_before']:.2f} to {training['exact_after']:.2f}"
+    return [
+        f"One of rank {decode['artifact']['rank'][0]} in the MLPs alone, trained by the same steps, takes them from {scores}",
+        "([training.json](examples/01_train_ffba/adapter_mlp/training.json)),",
+        f"and its fused decode step takes {fused:.3f} ({interval[0]:.3f} to {interval[1]:.3f}) times the base's;",
+        f"a LoRA of as many parameters takes {lora:.3f} ([decode_mlp.json](benchmarks/results/decode_mlp.json)).",
+    ]
+
+
+def serve_paragraph(serve: dict[str, Any]) -> list[str]:
+    """What a tritonserver delivers on this machine, with one client and with the most."""
+    one, most = serve["levels"][0], serve["levels"][-1]
+    return [
+        f"A tritonserver {serve['server']['tritonserver']} on the same two cores, which its clients share, streams",
+        f"{one['tokens_per_second']:.0f} tokens per second to one client",
+        f"and {most['tokens_per_second']:.0f} to {most['clients']} together;",
+        f"the first piece comes after {one['first_piece']['p50']:.2f} s (p99 {one['first_piece']['p99']:.2f} s)",
+        f"and {most['first_piece']['p50']:.2f} s (p99 {most['first_piece']['p99']:.2f} s)",
+        "([serve.json](benchmarks/results/serve.json)).",
     ]
 
 

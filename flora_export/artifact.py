@@ -78,8 +78,6 @@ class Manifest:
     precision: str
     fuse: str
     passes: list[str]
-    align: int  # ranks are padded with zeros to a multiple of it
-    cache_tokens: int  # places of a static KV cache; 0: the cache grows
     padding: str  # side on which ragged prompts are padded: "right" where the graph has GroupQueryAttention, else "left"
     verified: bool
     versions: dict[str, str]
@@ -90,6 +88,8 @@ class Manifest:
     operators: dict[str, dict[str, int]]  # "before" and "after": how many nodes of each operator
     blocks: list[BlockRecord]
     ledger: list[LedgerEntry]
+    align: int = 1  # ranks are padded with zeros to a multiple of it
+    cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
     engine: dict[str, Any] = field(default_factory=dict)  # of a compiled backend: how its engine was made, and what for
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
     schema_version: int = SCHEMA_VERSION
