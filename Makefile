@@ -27,7 +27,7 @@ demo: $(BASE)
 
 # A real tritonserver on the demo's artifact, and a curl line for it.
 serve: $(SERVER) out/demo/manifest.json
-	$(BIN)/python examples/triton/serve.py out/demo --server $(SERVER)
+	$(BIN)/python examples/04_triton/serve.py out/demo --server $(SERVER)
 
 out/demo/manifest.json: | $(BASE)
 	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo
@@ -80,8 +80,8 @@ $(BASE): $(VENV)/installed
 	$(BIN)/python examples/00_get_smollm2.py $(BASE)
 	touch $(BASE)
 
-$(SERVER): $(VENV)/installed examples/triton/get_server.py examples/triton/onnxruntime_backend.py
-	$(BIN)/python examples/triton/get_server.py $(SERVER)
+$(SERVER): $(VENV)/installed examples/04_triton/get_server.py examples/04_triton/onnxruntime_backend.py
+	$(BIN)/python examples/04_triton/get_server.py $(SERVER)
 	test ! -d $(SERVER) || touch $(SERVER)
 
 clean:

@@ -33,7 +33,7 @@ from tests.conftest import ADAPTER, silent
 from tests.families import make_adapter, make_speaking_base
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "triton"))
+sys.path.insert(0, str(ROOT / "examples" / "04_triton"))
 from get_server import HOME  # noqa: E402  # found on the path above
 from server import Server  # noqa: E402
 

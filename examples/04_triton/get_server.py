@@ -1,6 +1,6 @@
 """Lay out a Triton Inference Server that runs on this machine without a container, for tests and for trying things out.
 
-    python examples/triton/get_server.py models/tritonserver
+    python examples/04_triton/get_server.py models/tritonserver
 
 The PyPI package `nvidia-pytriton` carries a real tritonserver (2.51.0, Linux x86-64, NVIDIA's BSD licence) with its Python backend; it is
 downloaded and unpacked, not installed. It has no ONNX Runtime backend: onnxruntime_backend.py stands in for it, so that a repository with

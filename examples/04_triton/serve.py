@@ -1,6 +1,6 @@
 """Publish an artifact and serve it on this machine: HTTP on --port, gRPC and metrics on the two ports after it. Ctrl-C ends it.
 
-python examples/triton/serve.py out/demo --server models/tritonserver
+python examples/04_triton/serve.py out/demo --server models/tritonserver
 """
 
 from __future__ import annotations
