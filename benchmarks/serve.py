@@ -28,7 +28,7 @@ from flora_export.backends.triton.config import Serving
 from flora_export.publish import publish
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path[:0] = [str(EXAMPLES / "triton"), str(EXAMPLES / "01_train_ffba")]
+sys.path[:0] = [str(EXAMPLES / "04_triton"), str(EXAMPLES / "01_train_ffba")]
 from get_server import PACKAGE  # noqa: E402  # found on the path above
 from problems import problems  # noqa: E402
 from server import Server  # noqa: E402
