@@ -39,7 +39,7 @@ class BuildOptions:
     force: bool = False
     align: int | None = None  # None: the backend's own
     cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
-    engine: Any = None  # options of a backend that compiles
+    engine: Any = None  # options of a backend that compiles; None: its own
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         backend = load_backend(options.backend)
         target, form = capture_form(options.backend, options.target)
         more: dict[str, Any] = {}
-        if options.engine is not None:
+        if hasattr(backend, "prepare"):  # it compiles
             prompts, _ = encode_prompts(base.path, base.vocabulary, _longest(base, options.cache_tokens))
             plan = backend.prepare(options.engine, base, options.cache_tokens, prompts[:PROMPT_COUNT], STEPS)
             more = {"plan": plan, "stage": lambda what: progress(what, 0, 1)}

@@ -59,7 +59,7 @@ class Plan:
         }
 
 
-def prepare(options: EngineOptions, base: BaseModel, cache_tokens: int, prompts: Sequence[Sequence[int]], steps: int) -> Plan:
+def prepare(options: EngineOptions | None, base: BaseModel, cache_tokens: int, prompts: Sequence[Sequence[int]], steps: int) -> Plan:
     """Check all that can be checked before anything large is read.
 
     Args:
@@ -69,6 +69,7 @@ def prepare(options: EngineOptions, base: BaseModel, cache_tokens: int, prompts:
         BackendError: no TensorRT, or no GPU to build for.
         FloraExportError: a profile, cache, option or compute capability that cannot be.
     """
+    options = options or EngineOptions()
     profiles = profiles_for(options.ranges, base.context, cache_tokens)
     check_prompts(profiles, prompts, steps)
     flavour = load_flavour(options.flavour)
