@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import DATA, GOLDEN, MANIFEST, MODEL, Artifact, open_artifact, seal
 from flora_export.backends.onnxruntime import Decoder
-from flora_export.base_model import load_base
+from flora_export.base_model import GENERATION, load_base
 from flora_export.pipeline import BuildOptions, build
 from flora_export.reference import Reference
 from tests.conftest import silent
@@ -101,6 +101,15 @@ def test_bf16_logits(flora_decode: Path, out: Path) -> None:
     assert ran.code == 0, ran.messages
 
 
+def test_an_unlisted_generation_configuration_is_not_read(flora_decode: Path, out: Path) -> None:
+    (out / GENERATION).write_text(json.dumps({"eos_token_id": list(range(128))}))  # each token would end the answer
+    seal(out, open_artifact(out).manifest)
+    assert decode(flora_decode, out, prompts=PROMPTS).tokens == [[]] * len(PROMPTS)
+    unlisted(GENERATION)(out)
+    ran = decode(flora_decode, out, prompts=PROMPTS)
+    assert (ran.code, all(ran.tokens)) == (0, True), ran.messages
+
+
 def flip(name: str) -> Callable[[Path], None]:
     """Change one byte in the middle of a file."""
 
@@ -150,6 +159,17 @@ def another_file(out: Path) -> None:
     manifest(files=open_artifact(out).manifest.files | {"../x": {"sha256": "", "bytes": 0}})(out)
 
 
+def unlisted(name: str) -> Callable[[Path], object]:
+    """Leave a file where it is, but take it out of the manifest."""
+
+    def damage(out: Path) -> None:
+        files = open_artifact(out).manifest.files
+        assert (out / name).is_file() and name in files
+        manifest(files={key: known for key, known in files.items() if key != name})(out)
+
+    return damage
+
+
 def newer_runtime(out: Path) -> None:
     known = open_artifact(out).manifest
     seal(out, dataclasses.replace(known, versions=known.versions | {"onnxruntime": "99.0.0"}))
@@ -163,6 +183,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "half a manifest": (lambda out: (out / MANIFEST).write_bytes((out / MANIFEST).read_bytes()[:999]), 2, "manifest.json is not JSON"),
     "no configuration": (lambda out: (out / "config.json").unlink(), 2, "config.json is missing"),
     "no golden vectors": (forged(lambda out: (out / GOLDEN).unlink()), 2, "built with --no-verify"),
+    "unlisted golden vectors": (unlisted(GOLDEN), 2, "manifest.json lists no golden.safetensors"),
     "schema version": (manifest(schema_version=2), 2, "schema version 2, but this program reads 1"),
     "no files": (manifest(files={}), 2, "not what flora-export writes"),
     "a path": (another_file, 2, "names '../x', which leaves the directory"),
