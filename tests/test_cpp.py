@@ -155,6 +155,24 @@ def other_logits(value: float) -> Callable[[Path], object]:
     return change
 
 
+def largest_logit(graph: ir.Graph) -> None:
+    """Let the graph return one number instead of logits."""
+    logits = graph.outputs[0]
+    logits.name = "logits.all"
+    node = ir.node("ReduceMax", [logits], attributes={"keepdims": 0})
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "logits", ir.Shape([]), logits.type
+    graph.append(node)
+    graph.outputs[0] = node.outputs[0]
+
+
+def configure(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change config.json and forge its hash."""
+    config = json.loads((out / "config.json").read_text())
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+    seal(out, open_artifact(out).manifest)
+
+
 def another_file(out: Path) -> None:
     manifest(files=open_artifact(out).manifest.files | {"../x": {"sha256": "", "bytes": 0}})(out)
 
@@ -203,6 +221,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "an expected logit": (forged(other_logits(1e3)), 1, "golden vectors do not replay"),
     "NaN": (forged(other_logits(float("nan"))), 1, "golden vectors do not replay"),
     "infinity": (forged(other_logits(float("inf"))), 1, "golden vectors do not replay"),
+    "logits without dimensions": (lambda out: edit_graph(out, largest_logit), 2, "gives logits of rank 0"),
     "no adapter": (lambda out: edit(out, scale_b(0.0), forge=True), 1, "golden vectors do not replay"),
 }
 
@@ -233,6 +252,21 @@ def test_wrong_use(flora_decode: Path, out: Path, options: list[str], message: s
     ran = decode(flora_decode, out, *options)
     assert ran.code == 2
     assert message in ran.messages
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1e30, 2**31, 2**64 - 1, 128.5, "128", True, None])
+def test_a_context_that_is_no_number_of_tokens(flora_decode: Path, out: Path, value: object) -> None:
+    configure(out, lambda config: config.update(max_position_embeddings=value))
+    ran = decode(flora_decode, out, "--tokens", 10**18)
+    assert (ran.code, ran.tokens) == (2, []), ran.messages
+    assert "max_position_embeddings is " in ran.messages and "a whole number from 1 to 2147483647" in ran.messages
+
+
+def test_a_context_that_is_not_stated(flora_decode: Path, out: Path) -> None:
+    configure(out, lambda config: config.pop("max_position_embeddings"))
+    ran = decode(flora_decode, out, "--tokens", 10**18, prompts=[[5] * 2048])
+    assert ran.code == 2
+    assert "leave room in a context of 2048" in ran.messages
 
 
 def test_the_context_ends_the_answer(flora_decode: Path, out: Path) -> None:

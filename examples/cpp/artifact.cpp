@@ -68,8 +68,8 @@ std::pair<int, int> minor_version(const std::string& text) {
   return {major, minor};
 }
 
-// The tokens that end an answer: of generation_config.json where `files`, the manifest's, has it, or else of config.json. One number, a list
-// of them, or none.
+// The tokens that end an answer: of generation_config.json where `files`, the manifest's, has it, or else of config.json. One number, a
+// list of them, or none.
 std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& files, const json& config) {
   json ends;
   const std::string generation = "generation_config.json";
@@ -77,6 +77,17 @@ std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& file
   if (ends.is_null()) ends = config.value("eos_token_id", json());
   if (ends.is_null()) return {};
   return ends.is_array() ? ends.get<std::vector<std::int64_t>>() : std::vector<std::int64_t>{ends.get<std::int64_t>()};
+}
+
+// How many tokens the model takes. Without max_position_embeddings it is 2048, as for flora-export.
+std::int64_t context_length(const json& config) {
+  const json context = config.value("max_position_embeddings", json(2048));
+  constexpr std::int64_t largest = std::numeric_limits<std::int32_t>::max();  // GroupQueryAttention counts tokens in 32 bits
+  if (!context.is_number_integer() || context < 1 || context > largest) {
+    throw Error(Exit::input, "config.json: max_position_embeddings is " + context.dump() + ", but must be a whole number from 1 to " +
+                                 std::to_string(largest) + ". Build the artifact again.");
+  }
+  return context.get<std::int64_t>();
 }
 
 }  // namespace
@@ -106,7 +117,7 @@ Artifact open_artifact(const fs::path& directory, const std::string& backend, co
     for (const json& output : manifest.at("outputs")) {
       if (output.at("name") == "logits") artifact.vocabulary = output.at("shape").at(2);
     }
-    artifact.context = config.value("max_position_embeddings", std::numeric_limits<std::int64_t>::max());
+    artifact.context = context_length(config);
     artifact.ends = end_tokens(directory, files, config);
     return artifact;
   } catch (const json::exception& error) {

@@ -18,7 +18,8 @@ const std::map<std::string, double> tolerances = {{"fp32", 1e-4}, {"fp16", 1e-2}
 std::vector<GoldenPrompt> read_golden(const Artifact& artifact) {
   const auto file = artifact.directory / "golden.safetensors";
   if (!artifact.golden) {
-    throw Error(Exit::input, "manifest.json lists no golden.safetensors: the artifact was built with --no-verify. Build it with verification.");
+    throw Error(Exit::input,
+                "manifest.json lists no golden.safetensors: the artifact was built with --no-verify. Build it with verification.");
   }
   const SafeTensors tensors(file);
   const auto vocabulary = static_cast<std::size_t>(artifact.vocabulary);
