@@ -57,7 +57,8 @@ def generate(
         on_text: is given the first prompt's answer piece by piece.
 
     Raises:
-        ArtifactError: the artifact has no tokenizer, or a prompt leaves no room in the model's context.
+        ArtifactError: the artifact has no tokenizer, its chat template refuses a prompt, or a prompt leaves no room in the
+            model's context.
         BackendError: `runtime` is genai, and ONNX Runtime GenAI cannot run the artifact here.
         FloraExportError: `runtime` is genai, and the adapter is to be silenced.
     """
@@ -140,7 +141,13 @@ def _tokens(artifact: Artifact, rows: list[list[int]], ends: set[int], runtime: 
 
 def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:
     if chat and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)  # type: ignore[attr-defined]
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[attr-defined]
+        except Exception as error:  # a template is a program: it can raise nearly anything
+            raise ArtifactError(
+                f"the artifact's chat template refused the prompt ({type(error).__name__}: {error}). Give the prompt as it is with --raw."
+            ) from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
     return list(tokenizer(prompt)["input_ids"])  # type: ignore[operator]
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import DATA, GOLDEN, MANIFEST, MODEL, Artifact, open_artifact, seal
 from flora_export.backends.onnxruntime import Decoder
-from flora_export.base_model import load_base
+from flora_export.base_model import GENERATION, load_base
 from flora_export.pipeline import BuildOptions, build
 from flora_export.reference import Reference
 from tests.conftest import silent
@@ -101,6 +101,15 @@ def test_bf16_logits(flora_decode: Path, out: Path) -> None:
     assert ran.code == 0, ran.messages
 
 
+def test_an_unlisted_generation_configuration_is_not_read(flora_decode: Path, out: Path) -> None:
+    (out / GENERATION).write_text(json.dumps({"eos_token_id": list(range(128))}))  # each token would end the answer
+    seal(out, open_artifact(out).manifest)
+    assert decode(flora_decode, out, prompts=PROMPTS).tokens == [[]] * len(PROMPTS)
+    unlisted(GENERATION)(out)
+    ran = decode(flora_decode, out, prompts=PROMPTS)
+    assert (ran.code, all(ran.tokens)) == (0, True), ran.messages
+
+
 def flip(name: str) -> Callable[[Path], None]:
     """Change one byte in the middle of a file."""
 
@@ -146,8 +155,37 @@ def other_logits(value: float) -> Callable[[Path], object]:
     return change
 
 
+def largest_logit(graph: ir.Graph) -> None:
+    """Let the graph return one number instead of logits."""
+    logits = graph.outputs[0]
+    logits.name = "logits.all"
+    node = ir.node("ReduceMax", [logits], attributes={"keepdims": 0})
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "logits", ir.Shape([]), logits.type
+    graph.append(node)
+    graph.outputs[0] = node.outputs[0]
+
+
+def configure(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change config.json and forge its hash."""
+    config = json.loads((out / "config.json").read_text())
+    change(config)
+    (out / "config.json").write_text(json.dumps(config))
+    seal(out, open_artifact(out).manifest)
+
+
 def another_file(out: Path) -> None:
     manifest(files=open_artifact(out).manifest.files | {"../x": {"sha256": "", "bytes": 0}})(out)
+
+
+def unlisted(name: str) -> Callable[[Path], object]:
+    """Leave a file where it is, but take it out of the manifest."""
+
+    def damage(out: Path) -> None:
+        files = open_artifact(out).manifest.files
+        assert (out / name).is_file() and name in files
+        manifest(files={key: known for key, known in files.items() if key != name})(out)
+
+    return damage
 
 
 def newer_runtime(out: Path) -> None:
@@ -163,6 +201,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "half a manifest": (lambda out: (out / MANIFEST).write_bytes((out / MANIFEST).read_bytes()[:999]), 2, "manifest.json is not JSON"),
     "no configuration": (lambda out: (out / "config.json").unlink(), 2, "config.json is missing"),
     "no golden vectors": (forged(lambda out: (out / GOLDEN).unlink()), 2, "built with --no-verify"),
+    "unlisted golden vectors": (unlisted(GOLDEN), 2, "manifest.json lists no golden.safetensors"),
     "schema version": (manifest(schema_version=2), 2, "schema version 2, but this program reads 1"),
     "no files": (manifest(files={}), 2, "not what flora-export writes"),
     "a path": (another_file, 2, "names '../x', which leaves the directory"),
@@ -182,6 +221,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "an expected logit": (forged(other_logits(1e3)), 1, "golden vectors do not replay"),
     "NaN": (forged(other_logits(float("nan"))), 1, "golden vectors do not replay"),
     "infinity": (forged(other_logits(float("inf"))), 1, "golden vectors do not replay"),
+    "logits without dimensions": (lambda out: edit_graph(out, largest_logit), 2, "gives logits of rank 0"),
     "no adapter": (lambda out: edit(out, scale_b(0.0), forge=True), 1, "golden vectors do not replay"),
 }
 
@@ -212,6 +252,21 @@ def test_wrong_use(flora_decode: Path, out: Path, options: list[str], message: s
     ran = decode(flora_decode, out, *options)
     assert ran.code == 2
     assert message in ran.messages
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1e30, 2**31, 2**64 - 1, 128.5, "128", True, None])
+def test_a_context_that_is_no_number_of_tokens(flora_decode: Path, out: Path, value: object) -> None:
+    configure(out, lambda config: config.update(max_position_embeddings=value))
+    ran = decode(flora_decode, out, "--tokens", 10**18)
+    assert (ran.code, ran.tokens) == (2, []), ran.messages
+    assert "max_position_embeddings is " in ran.messages and "a whole number from 1 to 2147483647" in ran.messages
+
+
+def test_a_context_that_is_not_stated(flora_decode: Path, out: Path) -> None:
+    configure(out, lambda config: config.pop("max_position_embeddings"))
+    ran = decode(flora_decode, out, "--tokens", 10**18, prompts=[[5] * 2048])
+    assert ran.code == 2
+    assert "leave room in a context of 2048" in ran.messages
 
 
 def test_the_context_ends_the_answer(flora_decode: Path, out: Path) -> None:

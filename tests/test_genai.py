@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,24 @@ def test_the_command_says_which_it_was(spoken: tuple[Path, Path, Path]) -> None:
         assert f"(runtime {name}" in result.stderr
     result = CliRunner().invoke(main, [*arguments, "--runtime", "genai", "--without-adapter"])
     assert (result.exit_code, "use --runtime decoder" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('a system message must come first') }}", "TemplateError: a system message must come first"),
+        ("{% if messages %}", "TemplateSyntaxError: Unexpected end of template"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError: "),
+    ],
+)
+def test_a_chat_template_that_refuses(spoken: tuple[Path, Path, Path], template: str, why: str, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(spoken[2], tmp_path / "out"))
+    (out / "chat_template.jinja").write_text(template)
+    arguments = ["generate", str(out), "丅万", "--max-new-tokens", "4"]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result.stderr
+    assert f"the artifact's chat template refused the prompt ({why}" in result.stderr and "--raw" in result.stderr
+    assert CliRunner().invoke(main, [*arguments, "--raw"]).exit_code == 0
 
 
 def test_where_it_is_not_installed(spoken: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,14 +68,26 @@ std::pair<int, int> minor_version(const std::string& text) {
   return {major, minor};
 }
 
-// The tokens that end an answer: of generation_config.json, or else of config.json. One number, a list of them, or none.
-std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& config) {
+// The tokens that end an answer: of generation_config.json where `files`, the manifest's, has it, or else of config.json. One number, a
+// list of them, or none.
+std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& files, const json& config) {
   json ends;
-  const fs::path generation = directory / "generation_config.json";
-  if (fs::exists(generation)) ends = read_json(generation).value("eos_token_id", json());
+  const std::string generation = "generation_config.json";
+  if (files.contains(generation)) ends = read_json(directory / generation).value("eos_token_id", json());
   if (ends.is_null()) ends = config.value("eos_token_id", json());
   if (ends.is_null()) return {};
   return ends.is_array() ? ends.get<std::vector<std::int64_t>>() : std::vector<std::int64_t>{ends.get<std::int64_t>()};
+}
+
+// How many tokens the model takes. Without max_position_embeddings it is 2048, as for flora-export.
+std::int64_t context_length(const json& config) {
+  const json context = config.value("max_position_embeddings", json(2048));
+  constexpr std::int64_t largest = std::numeric_limits<std::int32_t>::max();  // GroupQueryAttention counts tokens in 32 bits
+  if (!context.is_number_integer() || context < 1 || context > largest) {
+    throw Error(Exit::input, "config.json: max_position_embeddings is " + context.dump() + ", but must be a whole number from 1 to " +
+                                 std::to_string(largest) + ". Build the artifact again.");
+  }
+  return context.get<std::int64_t>();
 }
 
 }  // namespace
@@ -91,20 +103,22 @@ Artifact open_artifact(const fs::path& directory, const std::string& backend, co
       throw Error(Exit::runtime, "the artifact is for " + manifest.at("backend").dump() + " on " + manifest.at("target").dump() +
                                      "; this program runs " + backend + " on " + target);
     }
-    for (const char* name : {"model.onnx", "model.onnx.data", "config.json"}) static_cast<void>(manifest.at("files").at(name));  // no less
-    for (const auto& [name, known] : manifest.at("files").items()) check_file(directory, name, known);
+    const json& files = manifest.at("files");
+    for (const char* name : {"model.onnx", "model.onnx.data", "config.json"}) static_cast<void>(files.at(name));  // no less
+    for (const auto& [name, known] : files.items()) check_file(directory, name, known);
 
     const json config = read_json(directory / "config.json");
     Artifact artifact{};
     artifact.directory = directory;
     artifact.precision = manifest.at("precision");
     artifact.onnxruntime = manifest.at("versions").at("onnxruntime");
+    artifact.golden = files.contains("golden.safetensors");
     artifact.grouped_attention = manifest.at("padding") == "right";  // these graphs count a row's tokens from the left
     for (const json& output : manifest.at("outputs")) {
       if (output.at("name") == "logits") artifact.vocabulary = output.at("shape").at(2);
     }
-    artifact.context = config.value("max_position_embeddings", std::numeric_limits<std::int64_t>::max());
-    artifact.ends = end_tokens(directory, config);
+    artifact.context = context_length(config);
+    artifact.ends = end_tokens(directory, files, config);
     return artifact;
   } catch (const json::exception& error) {
     throw Error(Exit::input, (directory / "manifest.json").string() + " or a configuration is not what flora-export writes (" +

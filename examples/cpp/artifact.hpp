@@ -10,6 +10,7 @@ struct Artifact {
   std::filesystem::path directory;
   std::string precision;              // fp32, fp16 or bf16
   std::string onnxruntime;            // version that it was built with
+  bool golden;                        // the manifest lists golden.safetensors
   bool grouped_attention;             // GroupQueryAttention: keys and values may stay in one buffer
   std::int64_t vocabulary;            // width of the logits
   std::int64_t context;               // how many tokens the model takes
@@ -19,7 +20,7 @@ struct Artifact {
 };
 
 // Opens a directory: its manifest must be of schema version 1 and for this backend and target, and every file must have the size and the
-// SHA-256 that the manifest states.
+// SHA-256 that the manifest states. Files that the manifest does not list are not read.
 // Throws Error: Exit::input where the directory is damaged or no artifact, Exit::runtime where it is for something else.
 Artifact open_artifact(const std::filesystem::path& directory, const std::string& backend, const std::string& target);
 

@@ -21,10 +21,15 @@ std::vector<float> widened(const Half* numbers, std::size_t count) {
   return wide;
 }
 
-// The last row of logits [1, tokens, vocabulary], as fp32.
+// The last row of logits [1, tokens, vocabulary], as fp32. Throws Error(Exit::input) where they have another rank, or no row.
 std::vector<float> last_row(const Ort::Value& logits) {
   const auto info = logits.GetTensorTypeAndShapeInfo();
-  const auto count = static_cast<std::size_t>(info.GetShape().back());
+  const std::vector<std::int64_t> shape = info.GetShape();
+  if (shape.size() != 3 || shape[0] != 1 || shape[1] < 1) {
+    throw Error(Exit::input, "model.onnx gives logits of rank " + std::to_string(shape.size()) +
+                                 ", but they must be [1, tokens, vocabulary] with at least 1 token. Build the artifact again.");
+  }
+  const auto count = static_cast<std::size_t>(shape[2]);
   const std::size_t first = info.GetElementCount() - count;
   switch (info.GetElementType()) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: {

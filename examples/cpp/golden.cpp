@@ -17,8 +17,9 @@ const std::map<std::string, double> tolerances = {{"fp32", 1e-4}, {"fp16", 1e-2}
 
 std::vector<GoldenPrompt> read_golden(const Artifact& artifact) {
   const auto file = artifact.directory / "golden.safetensors";
-  if (!std::filesystem::exists(file)) {
-    throw Error(Exit::input, file.string() + " is missing: the artifact was built with --no-verify. Build it with verification.");
+  if (!artifact.golden) {
+    throw Error(Exit::input,
+                "manifest.json lists no golden.safetensors: the artifact was built with --no-verify. Build it with verification.");
   }
   const SafeTensors tensors(file);
   const auto vocabulary = static_cast<std::size_t>(artifact.vocabulary);

@@ -14,7 +14,7 @@ struct GoldenPrompt {
   std::vector<float> logits;
 };
 
-// Reads golden.safetensors. Throws Error(Exit::input) where there is none, or it is damaged.
+// Reads golden.safetensors. Throws Error(Exit::input) where the manifest lists none, or it is damaged.
 std::vector<GoldenPrompt> read_golden(const Artifact& artifact);
 
 // Runs a recorded prompt. Returns the largest error of the logits, in units of what is allowed: up to 1 is right.
