@@ -423,3 +423,18 @@ def test_a_client_that_goes_and_a_job_that_fails(model: Model, scheduler: Schedu
     for client in again:
         scheduler.submit(client.job)
     assert len({client.text() for client in again}) == 1
+
+
+def test_clients_that_cannot_be_told_keep_no_slot(model: Model, scheduler: Scheduler) -> None:
+    """Sending fails, and saying so fails: the thread goes on, and the slots come free."""
+    deaf = [Client(model, "what?", max_tokens=3) for _ in range(4)]
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("gone")
+
+    for client in deaf:
+        client.job.send = client.job.fail = refuse
+        scheduler.submit(client.job)
+    well = Client(model, "what?", max_tokens=3)
+    scheduler.submit(well.job)
+    assert well.text()

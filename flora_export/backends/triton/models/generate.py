@@ -97,14 +97,15 @@ class Answer:
         if piece.reason:
             outputs += [_strings("finish_reason", piece.reason)]
             outputs += [_number("prompt_tokens", piece.prompt_tokens), _number("new_tokens", piece.new_tokens)]
-            self.counters.count(piece.reason, piece.prompt_tokens, piece.new_tokens)
         self.sender.send(pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if piece.reason else 0)
+        if piece.reason:  # and not before: a piece that cannot be sent fails, and is counted as that
+            self.counters.count(piece.reason, piece.prompt_tokens, piece.new_tokens)
 
     def fail(self, message: str, kind: str) -> None:
         """End the request with an error: "invalid", "cancelled" or "internal"."""
-        self.counters.count(kind)
         code = {"invalid": pb_utils.TritonError.INVALID_ARG, "cancelled": pb_utils.TritonError.CANCELLED}
         error = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code.get(kind, pb_utils.TritonError.INTERNAL)))
+        self.counters.count(kind)
         self.sender.send(error, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 

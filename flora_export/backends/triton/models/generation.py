@@ -286,13 +286,17 @@ class Scheduler:
             if not active:
                 break
             job = active.popleft()
+            done = True
             try:
                 done = job.advance()
             except Exception as error:  # one request's failure, such as a KV cache that finds no memory, is not the others'
                 traceback.print_exc()
-                job.fail(f"generation failed ({type(error).__name__}: {error})", "internal")
-                done = True
-            if done:
-                self._slots.release()
-            else:
-                active.append(job)
+                try:
+                    job.fail(f"generation failed ({type(error).__name__}: {error})", "internal")
+                except Exception:  # whoever asked cannot be told; this thread must go on
+                    traceback.print_exc()
+            finally:
+                if done:
+                    self._slots.release()
+                else:
+                    active.append(job)
