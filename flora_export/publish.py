@@ -11,7 +11,7 @@ from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends import load_backend
 from flora_export.backends.triton.config import GENERATE, Serving
 from flora_export.backends.triton.models.generation import Model, Settings
-from flora_export.backends.triton.repository import live, make_live, staged_version, versions
+from flora_export.backends.triton.repository import live, make_live, staged_version
 from flora_export.base_model import read_json
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.generate import end_tokens
@@ -63,7 +63,7 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
         ArtifactError: there is a repository already and `options.force` is not given, or the build is not to be verified.
         FloraExportError: as `build` and `publish`.
     """
-    repo = repo.absolute()
+    repo = repo.resolve()
     if repo.exists() and not options.force:
         raise ArtifactError(f"{repo} exists already. Pass --force to publish a new version there, beside those that it has.")
     if not options.verify:
@@ -76,20 +76,13 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
 
 
 def roll_back(repo: Path, to: int | None) -> Published:
-    """Make an earlier version live again: `to`, or the newest before the live one.
+    """Make an earlier version live again: `to`, or the one that was live when the live one was published.
 
     Raises:
         ArtifactError: there is no such version, or its files are damaged.
     """
-    former = None
-    if to is None:
-        former = live(repo)["decoder"]
-        earlier = [version for version in versions(repo, "decoder") if version < former]
-        if not earlier:
-            raise ArtifactError(f"{repo}: version {former} is live, and there is none before it")
-        to = earlier[-1]
-    make_live(repo, to)
-    return Published(to, former, tuple(live(repo)))
+    version, former = make_live(repo, to)
+    return Published(version, former, tuple(live(repo)))
 
 
 def generation_faults(artifact: Artifact) -> list[str]:

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import Artifact, open_artifact, seal
 from flora_export.backends.triton.check import config_faults
+from flora_export.backends.triton import repository
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
 from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Scheduler, Settings, StopText
 from flora_export.backends.triton.repository import check, live, make_live, staged_version, versions
@@ -28,7 +31,7 @@ from flora_export.cli import main
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.generate import generate
 from flora_export.pipeline import BuildOptions, build
-from flora_export.publish import publish, roll_back
+from flora_export.publish import Published, publish, roll_back
 from tests.conftest import silent
 from tests.families import make_adapter, make_speaking_base
 
@@ -189,6 +192,32 @@ def test_two_publishers_at_once(artifact: Artifact, repo: Path) -> None:
     assert check(repo) == []
 
 
+def test_a_repository_behind_a_link(artifact: Artifact, repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(repo)
+    assert publish(artifact, tmp_path / "elsewhere" / "link", Serving(), silent).version == 3
+    assert roll_back(tmp_path / "elsewhere" / "link", None).version == 2
+    assert check(repo) == []
+
+
+def test_a_first_publisher_that_fails_leaves_the_lock_to_the_next(artifact: Artifact, tmp_path: Path) -> None:
+    """It removes the directory that the next one waits for: that one makes it again."""
+    repo = tmp_path / "repo"
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KeyboardInterrupt), staged_version(artifact, repo, Serving()):
+            waiting = pool.submit(publish, artifact, repo, Serving(), silent)
+            while not waiting.done() and not any("flock" in line for line in _stacks()):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        assert waiting.result(60).version == 1
+    assert check(repo) == []
+
+
+def _stacks() -> list[str]:
+    """The line that each thread is at."""
+    return [traceback.extract_stack(frame, 2)[-1].line or "" for frame in sys._current_frames().values()]
+
+
 def test_directories_of_others_are_left_alone(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "repo" / "decoder" / "1").mkdir(parents=True)
     (tmp_path / "repo" / "decoder" / "1" / "model.onnx").write_bytes(b"theirs")
@@ -220,8 +249,46 @@ def test_rollback(repo: Path) -> None:
         roll_back(repo, None)
     roll_back(repo, 2)
     assert live(repo) == {"decoder": 2, "generate": 2}
-    with pytest.raises(ArtifactError, match=r"has no version 7; it has 1, 2"):
+    with pytest.raises(ArtifactError, match=r"decoder has no version 7; it has 1, 2"):
         roll_back(repo, 7)
+
+
+def test_rollback_goes_where_the_live_version_came_from(artifact: Artifact, repo: Path) -> None:
+    """And not to the number below it, which was given up."""
+    publish(artifact, repo, Serving(), silent)
+    assert roll_back(repo, None) == Published(2, 3, ("decoder", "generate"))
+    assert publish(artifact, repo, Serving(), silent).version == 4
+    assert roll_back(repo, None).version == 2
+    assert roll_back(repo, None).version == 1
+
+
+def test_no_rollback_to_a_version_that_one_model_lacks(repo: Path) -> None:
+    shutil.rmtree(repo / "generate" / "1")
+    with pytest.raises(ArtifactError, match="generate has no version 1; it has 2"):
+        roll_back(repo, None)
+    assert live(repo) == {"decoder": 2, "generate": 2}
+
+
+def test_both_configurations_or_none(artifact: Artifact, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second cannot be replaced: the first comes back."""
+    real = repository._replace
+    before = snapshot(repo)
+
+    def replace(source: Path, target: Path) -> None:
+        if target.parent.name == "generate":
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(repository, "_replace", replace)
+    with pytest.raises(BackendError, match="No space left on device"):
+        roll_back(repo, 1)
+    assert snapshot(repo) == before
+    with pytest.raises(BackendError, match="what was live still is"):
+        publish(artifact, repo, Serving(), silent)
+    assert live(repo) == {"decoder": 2, "generate": 2}
+    monkeypatch.undo()
+    assert publish(artifact, repo, Serving(), silent).version == 4
+    assert check(repo) == []
 
 
 def test_no_rollback_to_a_damaged_version(repo: Path) -> None:

@@ -16,6 +16,7 @@ from flora_export.errors import BackendError
 
 DECODER, GENERATE = "decoder", "generate"
 CONFIG = "config.pbtxt"
+FORMER = "former_version"  # a parameter of `decoder`: what was live before; Triton has no use for it
 TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
 # What a decoder's files are called, and which of Triton's backends runs them. TensorRT's form has not been run by us.
 RUNTIMES = {"onnxruntime": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.engine")}
@@ -62,8 +63,8 @@ class Warmup:
     zeros: dict[str, list[int]]
 
 
-def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup) -> str:
-    """config.pbtxt of `decoder`. Raises BackendError where Triton has no such backend or type."""
+def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup, former: int | None = None) -> str:
+    """config.pbtxt of `decoder`; `former` is the version that was live before it. Raises BackendError where Triton has no such backend or type."""
     if manifest.backend not in RUNTIMES:
         raise BackendError(f"a Triton repository cannot serve an artifact of backend {manifest.backend}; it serves {', '.join(RUNTIMES)}")
     backend, file = RUNTIMES[manifest.backend]
@@ -75,6 +76,8 @@ def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: W
     lines.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: 0\n{_queue_policy(serving.max_queue)}}}")
     if serving.threads and backend == "onnxruntime":
         lines.append(_parameter("intra_op_thread_count", serving.threads))
+    if former is not None:
+        lines.append(_parameter(FORMER, former))
     lines.append(_warmup(warmup, {tensor.name: describe(tensor)[1] for tensor in manifest.inputs}))
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, changed_files, open_artifact
 from flora_export.backends.triton.check import config_faults
-from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config, parse
+from flora_export.backends.triton.config import CONFIG, DECODER, FORMER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config, parse
 from flora_export.errors import ArtifactError, BackendError
 
 MODELS = (DECODER, GENERATE)
@@ -55,28 +55,24 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
         ArtifactError: the repository cannot be used, or the artifact cannot be served by it.
         BackendError: it cannot be written, or its config.pbtxt would be wrong.
     """
-    repo = repo.absolute()
+    repo = repo.resolve()
     if repo.exists() and not repo.is_dir():
         raise ArtifactError(f"{repo} is no directory, so it cannot be a model repository")
     try:
-        repo.mkdir(parents=True, exist_ok=True)
         with _scratch(repo) as scratch:
             models = _models(artifact, repo)
-            former = live(repo)[DECODER] if (repo / DECODER).exists() else None
+            former = live(repo)[DECODER] if (repo / DECODER / CONFIG).exists() else None
             version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
-            staged = Staged(_write(artifact, scratch, version, models, serving), version, models, former)
-            yield staged
-            for model in staged.models:
-                _move_in(scratch / model, repo / model, staged.version)
+            yield Staged(_write(artifact, scratch, version, models, serving, former), version, models, former)
+            for model in models:
+                _move_in(scratch / model, repo / model, version)
+            _go_live(repo, models, version, scratch)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
             f"{repo}: the version could not be published ({reason}); what was live still is. A version is written beside the repository "
             "and moved in, so the repository must not be a mount point itself."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            repo.rmdir()  # only where it is empty: the first version did not come to be
 
 
 def versions(repo: Path, model: str) -> list[int]:
@@ -103,28 +99,48 @@ def live(repo: Path) -> dict[str, int]:
     return found
 
 
-def make_live(repo: Path, version: int) -> None:
+def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
     """Make a version live that the repository holds, after its files were found to be what they should be.
 
+    Args:
+        version: None for the one that was live when the live one was published.
+
+    Returns the version, and the one that was live; None where `version` was given.
+
     Raises:
-        ArtifactError: there is no such version, or it is damaged.
+        ArtifactError: there is no such version, a model that is served lacks it, or it is damaged.
         BackendError: the repository cannot be written.
     """
-    repo = repo.absolute()
-    held = versions(repo, DECODER)
-    if version not in held:
-        raise ArtifactError(f"{repo} has no version {version}; it has {', '.join(map(str, held)) or 'none'}")
-    faults = version_faults(repo, version)
-    if faults:
-        raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
+    repo = repo.resolve()
+    former = None
+    if not versions(repo, DECODER):
+        raise ArtifactError(f"{repo} has no versions of {DECODER}: it is no model repository of ours")
     try:
         with _scratch(repo) as scratch:
-            for model in MODELS:
-                if version in versions(repo, model):
-                    kept = shutil.copyfile(repo / model / str(version) / CONFIG, scratch / model)
-                    _replace(kept, repo / model / CONFIG)
+            if version is None:
+                former = live(repo)[DECODER]
+                version = _before(repo, former)
+            models = [model for model in MODELS if model == DECODER or versions(repo, model)]
+            for model in models:
+                held = versions(repo, model)
+                if version not in held:
+                    raise ArtifactError(f"{repo}: {model} has no version {version}; it has {', '.join(map(str, held)) or 'none'}")
+            faults = version_faults(repo, version)
+            if faults:
+                raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
+            _go_live(repo, models, version, scratch)
     except OSError as error:
         raise BackendError(f"{repo}: version {version} could not be made live ({error.strerror or error})") from error
+    return version, former
+
+
+def _before(repo: Path, version: int) -> int:
+    """The version that was live when this one was published. Raises ArtifactError."""
+    parameters = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8")).parameters
+    former = parameters[FORMER].string_value if FORMER in parameters else ""
+    if not former.isdecimal():
+        raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
+    return int(former)
 
 
 def check(repo: Path) -> list[str]:
@@ -168,7 +184,7 @@ def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
     return can
 
 
-def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, ...], serving: Serving) -> Artifact:
+def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, ...], serving: Serving, former: int | None) -> Artifact:
     """The models of a version, in the layout of a repository. Returns the decoder's version, which is an artifact itself."""
     decoder, generate = scratch / DECODER / str(version), scratch / GENERATE / str(version)
     decoder.mkdir(parents=True)
@@ -177,7 +193,8 @@ def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, .
             shutil.copyfile(artifact.path / name, decoder / name)
         elif name != REPORT:
             raise ArtifactError(f"{artifact.path}: {name} is missing. Build the artifact again.")
-    texts = {DECODER: decoder_config(artifact.manifest, version, serving, _decoder_warmup(artifact, scratch / DECODER / "warmup", version))}
+    warmup = _decoder_warmup(artifact, scratch / DECODER / "warmup", version)
+    texts = {DECODER: decoder_config(artifact.manifest, version, serving, warmup, former)}
     if GENERATE in models:
         generate.mkdir(parents=True)
         for file in decoder.iterdir():
@@ -189,9 +206,8 @@ def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, .
         texts[GENERATE] = generate_config(artifact.manifest, version, serving, warmup)
     faults = []
     for model, text in texts.items():
-        (scratch / model / CONFIG).write_text(text, encoding="utf-8")
         (scratch / model / str(version) / CONFIG).write_text(text, encoding="utf-8")
-        faults += config_faults(scratch / model, artifact.manifest)
+        faults += config_faults(scratch / model, artifact.manifest, text)
     if faults:
         raise BackendError(f"the configuration would be wrong: {'; '.join(faults)}")
     return open_artifact(decoder)
@@ -229,15 +245,41 @@ def _generate_warmup(directory: Path, version: int) -> Warmup:
 
 
 def _move_in(source: Path, target: Path, version: int) -> None:
+    """A version of a model and its warm-up; nothing names them yet."""
     if not target.exists():
         source.rename(target)
         return
-    (source / str(version)).rename(target / str(version))
     if (source / "warmup").is_dir():
         (target / "warmup").mkdir(exist_ok=True)
         for file in (source / "warmup").iterdir():
             file.rename(target / "warmup" / file.name)
-    _replace(source / CONFIG, target / CONFIG)
+    (source / str(version)).rename(target / str(version))
+
+
+def _go_live(repo: Path, models: Sequence[str], version: int, scratch: Path) -> None:
+    """Replace the models' configurations by those of a version: of all models, or of none."""
+    for model in models:
+        shutil.copyfile(repo / model / str(version) / CONFIG, scratch / f"{model}.new")
+        if (repo / model / CONFIG).exists():
+            shutil.copyfile(repo / model / CONFIG, scratch / f"{model}.old")
+    done: list[str] = []
+    try:
+        for model in models:
+            _replace(scratch / f"{model}.new", repo / model / CONFIG)
+            done.append(model)
+    except BaseException as error:
+        try:
+            for model in done:
+                if (scratch / f"{model}.old").exists():
+                    _replace(scratch / f"{model}.old", repo / model / CONFIG)
+                else:
+                    (repo / model / CONFIG).unlink()
+        except OSError as second:
+            raise BackendError(
+                f"{repo}: version {version} went live for {', '.join(done)} alone ({error}), which could not be undone ({second}): "
+                "publish or roll back again"
+            ) from error
+        raise
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -258,12 +300,29 @@ def _link(source: Path, target: Path) -> None:
 def _scratch(repo: Path) -> Iterator[Path]:
     """A directory beside the repository, for one publisher at a time; what killed ones have left goes."""
     prefix = f".{repo.name}.publishing-"
-    lock = os.open(repo, os.O_RDONLY)
+    lock = _lock(repo)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
             yield Path(directory)
     finally:
+        with contextlib.suppress(OSError):
+            repo.rmdir()  # only where it is empty: the first version did not come to be
         os.close(lock)
+
+
+def _lock(repo: Path) -> int:
+    """The repository's directory, made where it is missing, open and locked. Whoever had the lock before may have removed it: once more."""
+    while True:
+        repo.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(repo, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(lock), os.stat(repo)):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
