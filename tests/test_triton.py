@@ -25,7 +25,7 @@ from flora_export.artifact import Artifact, open_artifact, seal
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton import repository
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
-from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Scheduler, Settings, StopText
+from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Scheduler, Settings, StopText, read_messages
 from flora_export.backends.triton.repository import check, live, make_live, staged_version, versions
 from flora_export.cli import main
 from flora_export.errors import ArtifactError, BackendError, VerificationError
@@ -436,6 +436,35 @@ def scheduler() -> Iterator[Scheduler]:
     made.stop()
 
 
+def test_limits_of_a_prompt(model: Model) -> None:
+    """Whatever makes a prompt long: contents, roles, many messages, what the template adds, or the JSON itself."""
+    most = model.most_characters
+    assert read_messages('[{"role": "user", "content": "you"}]', most) == [{"role": "user", "content": "you"}]
+    with pytest.raises(RequestError, match=f"but may have {most}"):
+        read_messages("[" * (most + 1), most)
+    for messages in (
+        [{"role": "user", "content": "a" * (most + 1)}],
+        [{"role": "a" * (most + 1), "content": ""}],
+        [{"role": "user", "content": ""}] * (model.context + 1),
+    ):
+        with pytest.raises(RequestError, match="characters is too long for a context"):
+            model.encode(None, messages, Settings())
+    plain, model._tokenizer.chat_template = model._tokenizer.chat_template, "{{ 'what ' * 10000000 }}"
+    try:
+        with pytest.raises(RequestError, match="50000000 characters is too long"):
+            model.encode("what?", None, Settings())
+    finally:
+        model._tokenizer.chat_template = plain
+
+
+def test_half_characters_are_refused(model: Model) -> None:
+    for text in ("what \ud800", "\udc80"):
+        with pytest.raises(RequestError, match="the prompt is not Unicode"):
+            model.encode(text, None, Settings())
+        with pytest.raises(RequestError, match="stop is not Unicode"):
+            Settings.read({"stop": [text]})
+
+
 class Client:
     """Collects what a job says."""
 
@@ -473,6 +502,13 @@ def test_generation_is_the_artifacts(artifact: Artifact, model: Model, scheduler
     assert len(clients[1].pieces) == 1
     bare = generate(artifact, [prompts[0]], max_new_tokens=30, adapter=False)[0].text
     assert bare != wanted[0]
+
+
+def test_top_k_above_the_vocabulary_is_all_of_it(model: Model, scheduler: Scheduler) -> None:
+    clients = [Client(model, "what?", max_tokens=8, seed=1, top_k=top_k) for top_k in (model.vocabulary, 2**31 - 1)]
+    for client in clients:
+        scheduler.submit(client.job)
+    assert clients[0].text() == clients[1].text()
 
 
 def test_a_client_that_goes_and_a_job_that_fails(model: Model, scheduler: Scheduler) -> None:
