@@ -31,7 +31,7 @@ from flora_export.cli import main
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.generate import generate
 from flora_export.pipeline import BuildOptions, build
-from flora_export.publish import Published, publish, roll_back
+from flora_export.publish import Published, generation_faults, publish, roll_back
 from tests.conftest import silent
 from tests.families import make_adapter, make_speaking_base
 
@@ -133,10 +133,20 @@ def _break_generation(path: Path) -> None:
     seal(path, open_artifact(path).manifest)
 
 
+def _break_decoding(path: Path) -> None:
+    """Keys go where the values should: ONNX Runtime GenAI loads it and says nothing, and its answers are wrong from the second token on."""
+    config = json.loads((path / "genai_config.json").read_text())
+    names = config["model"]["decoder"]["inputs"]
+    names["past_key_names"], names["past_value_names"] = names["past_value_names"], names["past_key_names"]
+    (path / "genai_config.json").write_text(json.dumps(config))
+    seal(path, open_artifact(path).manifest)
+
+
 BROKEN = [
     (_damage_weights, VerificationError, "model.onnx.data is not the file that was built"),
     (_shift_golden, VerificationError, "golden prompt 0: logits are off"),
     (_end_elsewhere, VerificationError, "`generate` would end answers at"),
+    (_break_decoding, VerificationError, "`generate` answers golden prompt 0 with token"),
     (_break_generation, VerificationError, "do not load for `generate`"),
     (lambda path: (path / "golden.safetensors").unlink(), ArtifactError, "golden.safetensors is missing"),
     (lambda path: (path / "model.onnx").unlink(), ArtifactError, "model.onnx is missing"),
@@ -152,6 +162,29 @@ def test_what_is_wrong_never_goes_live(artifact: Artifact, repo: Path, tmp_path:
         publish(open_artifact(out), repo, Serving(), silent)
     assert snapshot(repo) == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "repo"}
+
+
+def _next_token(path: Path, margin: float) -> int:
+    """Make another token the recorded second one, with logits that prefer it by `margin` to the one that the model prefers."""
+    tensors = load_file(path / "golden.safetensors")
+    logits, tokens = tensors["prompt.1.logits"], tensors["prompt.1.tokens"]
+    right = int(tokens[1])
+    tokens[1] = np.argsort(logits[1])[-2]
+    logits[1, tokens[1]] = logits[1, right] + np.float32(margin)
+    save_file(tensors, path / "golden.safetensors")
+    return right
+
+
+def test_generate_must_answer_golden_prompts(artifact: Artifact, tmp_path: Path) -> None:
+    """Token for token, but for a tie that rounding decides."""
+    assert generation_faults(artifact) == []
+    out = Path(shutil.copytree(artifact.path, tmp_path / "out"))
+    right = _next_token(out, 0.1)
+    (fault,) = generation_faults(open_artifact(out))
+    assert f"`generate` answers golden prompt 1 with token {right} at step 1, not" in fault
+    out = Path(shutil.copytree(artifact.path, tmp_path / "tie"))
+    _next_token(out, 1e-5)  # fp32, below 1e-4
+    assert generation_faults(open_artifact(out)) == []
 
 
 def test_without_golden_vectors_nothing_goes_live(sources: tuple[Path, Path], tmp_path: Path) -> None:
