@@ -331,6 +331,17 @@ def test_no_rollback_to_a_damaged_version(repo: Path) -> None:
     assert live(repo) == {"decoder": 2, "generate": 2}
 
 
+@pytest.mark.parametrize("name", ["model.py", "generation.py"])
+def test_no_rollback_to_a_changed_program(repo: Path, name: str) -> None:
+    with (repo / "generate" / "1" / name).open("a") as stream:
+        stream.write("# changed\n")
+    with pytest.raises(ArtifactError, match=f"generate/1/{name} is not the file that was published"):
+        make_live(repo, 1)
+    (repo / "generate" / "1" / name).unlink()
+    with pytest.raises(ArtifactError, match=f"generate/1/{name} is missing"):
+        make_live(repo, 1)
+
+
 # the command line
 
 
@@ -415,11 +426,19 @@ def test_check_names_what_is_wrong_with_a_repository(repo: Path) -> None:
     assert "generate/config.pbtxt names version 1, which is not there" in check(repo)
 
 
+ENGINE = {"flavour": "tensorrt", "profiles": {name: {"batch": [1, 1, 4]} for name in ("prefill", "decode")}}
+
+
 def test_tensorrt_and_gpus(artifact: Artifact) -> None:
     """The form for a TensorRT engine: written and checked, not run by us."""
-    manifest = dataclasses.replace(artifact.manifest, backend="tensorrt", target="cuda")
+    manifest = dataclasses.replace(artifact.manifest, backend="tensorrt", target="cuda", engine=ENGINE)
     config = parse(decoder_config(manifest, 1, Serving(threads=2), Warmup({}, {})))
     assert (config.backend, config.default_model_filename) == ("tensorrt", "model.engine")
+    assert list(config.instance_group[0].profile) == ["0", "1"]  # prefill and decode
+    assert config.max_batch_size == 4  # the engine's limit; the serving's is 8
+    assert parse(decoder_config(manifest, 1, Serving(max_batch=2), Warmup({}, {}))).max_batch_size == 2
+    with pytest.raises(BackendError, match="cannot serve an engine of TensorRT-RTX"):
+        decoder_config(dataclasses.replace(manifest, engine=ENGINE | {"flavour": "rtx"}), 1, Serving(), Warmup({}, {}))
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
     assert not config.parameters  # ONNX Runtime's own
     with pytest.raises(BackendError, match="cannot serve an artifact of backend hf"):

@@ -28,7 +28,20 @@ from safetensors import SafetensorError, safe_open
 
 from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, changed_files, open_artifact
 from flora_export.backends.triton.check import config_faults
-from flora_export.backends.triton.config import CONFIG, DECODER, FORMER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config, parse
+from flora_export.backends.triton.config import (
+    CONFIG,
+    DECODER,
+    FORMER,
+    GENERATE,
+    HASH,
+    Serving,
+    Warmup,
+    decoder_config,
+    describe,
+    generate_config,
+    parse,
+)
+from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
 MODELS = (DECODER, GENERATE)
@@ -169,6 +182,24 @@ def version_faults(repo: Path, version: int) -> list[str]:
             artifact = open_artifact(directory)
             faults += config_faults(repo / model, artifact.manifest, text)
             faults += [f"{model}/{version}/{fault}" for fault in changed_files(artifact)]
+            if model == GENERATE:
+                faults += [f"{model}/{version}/{fault}" for fault in _changed_program(directory, text)]
+    return faults
+
+
+def _changed_program(directory: Path, text: str) -> list[str]:
+    """Files of `generate`'s program that are not those whose hashes its configuration has, a line each."""
+    try:
+        parameters = parse(text).parameters
+    except ValueError:
+        return []  # said already
+    faults = []
+    for name in PROGRAM.values():
+        known = parameters[f"{HASH}{name}"].string_value if f"{HASH}{name}" in parameters else None
+        if not (directory / name).is_file():
+            faults.append(f"{name} is missing")
+        elif file_sha256(directory / name) != known:
+            faults.append(f"{name} is not the file that was published: its SHA-256 differs from {CONFIG}'s")
     return faults
 
 
@@ -203,7 +234,9 @@ def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, .
             shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
         (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
         warmup = _generate_warmup(scratch / GENERATE / "warmup", version)
-        texts[GENERATE] = generate_config(artifact.manifest, version, serving, warmup)
+        texts[GENERATE] = generate_config(
+            artifact.manifest, version, serving, warmup, {name: file_sha256(generate / name) for name in PROGRAM.values()}
+        )
     faults = []
     for model, text in texts.items():
         (scratch / model / str(version) / CONFIG).write_text(text, encoding="utf-8")
