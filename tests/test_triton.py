@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import Artifact, open_artifact, seal
-from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton import repository
+from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
 from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Scheduler, Settings, StopText, read_messages
 from flora_export.backends.triton.repository import check, live, make_live, staged_version, versions
@@ -236,13 +237,17 @@ def test_a_repository_behind_a_link(artifact: Artifact, repo: Path, tmp_path: Pa
 def test_a_first_publisher_that_fails_leaves_the_lock_to_the_next(artifact: Artifact, tmp_path: Path) -> None:
     """It removes the directory that the next one waits for: that one makes it again."""
     repo = tmp_path / "repo"
-    with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(KeyboardInterrupt), staged_version(artifact, repo, Serving()):
+
+    def fail_while_another_waits(pool: ThreadPoolExecutor) -> Future[Published]:
+        with contextlib.suppress(KeyboardInterrupt), staged_version(artifact, repo, Serving()):
             waiting = pool.submit(publish, artifact, repo, Serving(), silent)
             while not waiting.done() and not any("flock" in line for line in _stacks()):
                 time.sleep(0.01)
             raise KeyboardInterrupt
-        assert waiting.result(60).version == 1
+        return waiting
+
+    with ThreadPoolExecutor(1) as pool:
+        assert fail_while_another_waits(pool).result(60).version == 1
     assert check(repo) == []
 
 
