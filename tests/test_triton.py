@@ -26,7 +26,8 @@ from flora_export.artifact import Artifact, open_artifact, seal
 from flora_export.backends.triton import repository
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
-from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Scheduler, Settings, StopText, read_messages
+from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Settings, StopText, read_messages
+from flora_export.backends.triton.models.scheduler import Scheduler
 from flora_export.backends.triton.repository import check, live, make_live, staged_version, versions
 from flora_export.cli import main
 from flora_export.errors import ArtifactError, BackendError, VerificationError
@@ -336,7 +337,7 @@ def test_no_rollback_to_a_damaged_version(repo: Path) -> None:
     assert live(repo) == {"decoder": 2, "generate": 2}
 
 
-@pytest.mark.parametrize("name", ["model.py", "generation.py"])
+@pytest.mark.parametrize("name", ["model.py", "generation.py", "scheduler.py"])
 def test_no_rollback_to_a_changed_program(repo: Path, name: str) -> None:
     with (repo / "generate" / "1" / name).open("a") as stream:
         stream.write("# changed\n")

@@ -4,7 +4,7 @@
     REPO/decoder/3/                     the artifact itself: model.onnx, its weights, manifest.json, golden.safetensors, ...
     REPO/decoder/3/config.pbtxt         what decoder/config.pbtxt is while version 3 is live
     REPO/decoder/warmup/3.input_ids     the first request that the server sends itself
-    REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py
+    REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py, scheduler.py
 
 Weights are copied once, so that nothing done to OUT later can reach a live version. (The onnx package refuses to read weights that have
 several hard links; ONNX Runtime reads them. `flora-export verify` is for OUT, and `check` proves that these are OUT's bytes.)
@@ -23,10 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
-from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, changed_files, open_artifact
+from flora_export.artifact import MANIFEST, Artifact, changed_files, open_artifact
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import (
     CONFIG,
@@ -35,18 +32,13 @@ from flora_export.backends.triton.config import (
     GENERATE,
     HASH,
     Serving,
-    Warmup,
-    decoder_config,
-    describe,
-    generate_config,
     parse,
 )
+from flora_export.backends.triton.version import PROGRAM, write_version
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
 MODELS = (DECODER, GENERATE)
-PROGRAM = {"generate.py": "model.py", "generation.py": "generation.py"}  # of `generate`: in this package -> in the version
-NO_CACHE = "This file keeps Python from writing here: a server that polls would take it for a change, and load the version again.\n"
 GENERATES = ("genai_config.json", "tokenizer.json", "tokenizer_config.json")  # what `generate` needs of an artifact
 
 
@@ -76,7 +68,7 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
             models = _models(artifact, repo)
             former = live(repo)[DECODER] if (repo / DECODER / CONFIG).exists() else None
             version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
-            yield Staged(_write(artifact, scratch, version, models, serving, former), version, models, former)
+            yield Staged(write_version(artifact, scratch, version, models, serving, former), version, models, former)
             for model in models:
                 _move_in(scratch / model, repo / model, version)
             _go_live(repo, models, version, scratch)
@@ -215,68 +207,6 @@ def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
     return can
 
 
-def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, ...], serving: Serving, former: int | None) -> Artifact:
-    """The models of a version, in the layout of a repository. Returns the decoder's version, which is an artifact itself."""
-    decoder, generate = scratch / DECODER / str(version), scratch / GENERATE / str(version)
-    decoder.mkdir(parents=True)
-    for name in (*artifact.manifest.files, MANIFEST, REPORT):
-        if (artifact.path / name).is_file():
-            shutil.copyfile(artifact.path / name, decoder / name)
-        elif name != REPORT:
-            raise ArtifactError(f"{artifact.path}: {name} is missing. Build the artifact again.")
-    warmup = _decoder_warmup(artifact, scratch / DECODER / "warmup", version)
-    texts = {DECODER: decoder_config(artifact.manifest, version, serving, warmup, former)}
-    if GENERATE in models:
-        generate.mkdir(parents=True)
-        for file in decoder.iterdir():
-            _link(file, generate / file.name)
-        for source, name in PROGRAM.items():
-            shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
-        (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
-        warmup = _generate_warmup(scratch / GENERATE / "warmup", version)
-        texts[GENERATE] = generate_config(
-            artifact.manifest, version, serving, warmup, {name: file_sha256(generate / name) for name in PROGRAM.values()}
-        )
-    faults = []
-    for model, text in texts.items():
-        (scratch / model / str(version) / CONFIG).write_text(text, encoding="utf-8")
-        faults += config_faults(scratch / model, artifact.manifest, text)
-    if faults:
-        raise BackendError(f"the configuration would be wrong: {'; '.join(faults)}")
-    return open_artifact(decoder)
-
-
-def _decoder_warmup(artifact: Artifact, directory: Path, version: int) -> Warmup:
-    """A golden prompt as the decoder's first request: prefill, on a KV cache of no tokens."""
-    file = artifact.path / GOLDEN
-    try:
-        with safe_open(file, framework="numpy") as golden:
-            ids = golden.get_tensor("prompt.0.input_ids")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{file} cannot be read ({error}); an artifact is served only with golden vectors. Build it with verification."
-        ) from error
-    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids))}
-    directory.mkdir()
-    files, zeros = {}, {}
-    for name, _, dims in map(describe, artifact.manifest.inputs):
-        if name in known:
-            files[name] = (f"{version}.{name}", [len(ids)])
-            (directory / f"{version}.{name}").write_bytes(known[name].astype("<i8").tobytes())
-        else:
-            zeros[name] = [max(d, 0) for d in dims]  # [KV heads, 0, head size]
-    return Warmup(files, zeros)
-
-
-def _generate_warmup(directory: Path, version: int) -> Warmup:
-    """A question, and one token as its answer. A server whose Python cannot read texts fails here, and not at a client's request."""
-    directory.mkdir()
-    text = b"Hello"
-    (directory / f"{version}.text_input").write_bytes(len(text).to_bytes(4, "little") + text)
-    (directory / f"{version}.max_tokens").write_bytes((1).to_bytes(4, "little"))
-    return Warmup({name: (f"{version}.{name}", [1]) for name in ("text_input", "max_tokens")}, {})
-
-
 def _move_in(source: Path, target: Path, version: int) -> None:
     """A version of a model and its warm-up; nothing names them yet."""
     if not target.exists():
@@ -320,13 +250,6 @@ def _replace(source: Path, target: Path) -> None:
     with source.open("rb") as stream:
         os.fsync(stream.fileno())
     source.replace(target)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # the server brings it
-from generation import Job, Model, Piece, RequestError, Scheduler, Settings, read_messages
+from generation import Job, Model, Piece, RequestError, Settings, read_messages
+from scheduler import Scheduler
 
 SCALARS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream", "chat")  # inputs of one number each
 LONGEST_MESSAGE = 2000  # characters of an error
