@@ -47,7 +47,7 @@ def recorded_prompts(artifact: Artifact) -> list[tuple[Ids, Ids, Logits]]:
     try:
         tensors = load_file(file)
         count = sum(name.endswith(".input_ids") for name in tensors)
-        recorded = [tuple(tensors[f"prompt.{i}.{key}"] for key in ("input_ids", "tokens", "logits")) for i in range(count)]
+        recorded = [(tensors[f"prompt.{i}.input_ids"], tensors[f"prompt.{i}.tokens"], tensors[f"prompt.{i}.logits"]) for i in range(count)]
     except (SafetensorError, KeyError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error}). Build the artifact again.") from error
     vocabulary = artifact.manifest.outputs[0].shape[-1]
