@@ -11,12 +11,12 @@ from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends import load_backend
 from flora_export.backends.triton.config import GENERATE, Serving
 from flora_export.backends.triton.models.generation import Model, Settings
-from flora_export.backends.triton.repository import live, make_live, staged_version, versions
+from flora_export.backends.triton.repository import live, make_live, staged_version
 from flora_export.base_model import read_json
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.generate import end_tokens
 from flora_export.pipeline import BuildOptions, build
-from flora_export.verify.golden import replay
+from flora_export.verify.golden import allowed_error, recorded_prompts, replay
 from flora_export.verify.prompts import PROMPTS
 from flora_export.verify.report import Report
 
@@ -47,7 +47,7 @@ def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress
             progress("replaying golden vectors", 0, 1)
             faults = replay(staged.artifact, load_backend(artifact.manifest.backend).Decoder(staged.artifact))
         if not faults and GENERATE in staged.models:
-            progress("loading what `generate` runs", 0, 1)
+            progress("answering golden prompts as `generate` does", 0, 1)
             faults = generation_faults(staged.artifact)
         if faults:
             raise VerificationError("\n  ".join([f"the version does not go live in {repo}:", *faults]), {"causes": faults})
@@ -63,7 +63,7 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
         ArtifactError: there is a repository already and `options.force` is not given, or the build is not to be verified.
         FloraExportError: as `build` and `publish`.
     """
-    repo = repo.absolute()
+    repo = repo.resolve()
     if repo.exists() and not options.force:
         raise ArtifactError(f"{repo} exists already. Pass --force to publish a new version there, beside those that it has.")
     if not options.verify:
@@ -76,24 +76,17 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
 
 
 def roll_back(repo: Path, to: int | None) -> Published:
-    """Make an earlier version live again: `to`, or the newest before the live one.
+    """Make an earlier version live again: `to`, or the one that was live when the live one was published.
 
     Raises:
         ArtifactError: there is no such version, or its files are damaged.
     """
-    former = None
-    if to is None:
-        former = live(repo)["decoder"]
-        earlier = [version for version in versions(repo, "decoder") if version < former]
-        if not earlier:
-            raise ArtifactError(f"{repo}: version {former} is live, and there is none before it")
-        to = earlier[-1]
-    make_live(repo, to)
-    return Published(to, former, tuple(live(repo)))
+    version, former = make_live(repo, to)
+    return Published(version, former, tuple(live(repo)))
 
 
 def generation_faults(artifact: Artifact) -> list[str]:
-    """Whether the artifact runs in what `generate` runs it in, and ends its answers where the artifact says, a line each."""
+    """Whether the artifact answers golden prompts in what `generate` runs it in, and ends its answers where it should, a line each."""
     try:
         served = Model(artifact.path)
         served.encode(PROMPTS[0], None, Settings())
@@ -104,8 +97,29 @@ def generation_faults(artifact: Artifact) -> list[str]:
     except Exception as error:  # ONNX Runtime GenAI and transformers have no types of their own for what they refuse
         return [f"ONNX Runtime GenAI and the tokenizer do not load for `generate`: {error}"]
     ends = end_tokens(artifact, read_json(artifact.path / "config.json", "model configuration"))
-    return (
-        [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]
-        if served.ends != ends
-        else []
-    )
+    if served.ends != ends:
+        return [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]
+    faults = []
+    for index, (ids, tokens, logits) in enumerate(recorded_prompts(artifact)):
+        try:
+            answer = _greedy(served, ids.tolist(), len(tokens))
+        except Exception as error:
+            return [f"`generate` cannot answer golden prompt {index}: {error}"]
+        differ = [step for step, token in enumerate(answer) if token != tokens[step]]
+        if differ:  # two tokens so close that rounding decides are both right; what follows is then another answer
+            step = differ[0]
+            margin = float(logits[step, tokens[step]] - logits[step, answer[step]])
+            if not margin <= allowed_error(artifact, logits):
+                faults.append(f"`generate` answers golden prompt {index} with token {answer[step]} at step {step}, not {tokens[step]}")
+    return faults
+
+
+def _greedy(served: Model, prompt: list[int], steps: int) -> list[int]:
+    """The most likely tokens, up to an end token."""
+    generator, room = served.generator(len(prompt), Settings(max_tokens=steps))
+    generator.append_tokens(prompt)
+    answer: list[int] = []
+    while len(answer) < room and not (answer and answer[-1] in served.ends):
+        generator.generate_next_token()
+        answer.append(int(generator.get_next_tokens()[0]))
+    return answer

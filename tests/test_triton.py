@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,8 +10,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,17 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import Artifact, open_artifact, seal
+from flora_export.backends.triton import repository
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
-from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Scheduler, Settings, StopText
+from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Settings, StopText, read_messages
+from flora_export.backends.triton.models.scheduler import Scheduler
 from flora_export.backends.triton.repository import check, live, make_live, staged_version, versions
 from flora_export.cli import main
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.generate import generate
 from flora_export.pipeline import BuildOptions, build
-from flora_export.publish import publish, roll_back
+from flora_export.publish import Published, generation_faults, publish, roll_back
 from tests.conftest import silent
 from tests.families import make_adapter, make_speaking_base
 
@@ -130,10 +135,20 @@ def _break_generation(path: Path) -> None:
     seal(path, open_artifact(path).manifest)
 
 
+def _break_decoding(path: Path) -> None:
+    """Keys go where the values should: ONNX Runtime GenAI loads it and says nothing, and its answers are wrong from the second token on."""
+    config = json.loads((path / "genai_config.json").read_text())
+    names = config["model"]["decoder"]["inputs"]
+    names["past_key_names"], names["past_value_names"] = names["past_value_names"], names["past_key_names"]
+    (path / "genai_config.json").write_text(json.dumps(config))
+    seal(path, open_artifact(path).manifest)
+
+
 BROKEN = [
     (_damage_weights, VerificationError, "model.onnx.data is not the file that was built"),
     (_shift_golden, VerificationError, "golden prompt 0: logits are off"),
     (_end_elsewhere, VerificationError, "`generate` would end answers at"),
+    (_break_decoding, VerificationError, "`generate` answers golden prompt 0 with token"),
     (_break_generation, VerificationError, "do not load for `generate`"),
     (lambda path: (path / "golden.safetensors").unlink(), ArtifactError, "golden.safetensors is missing"),
     (lambda path: (path / "model.onnx").unlink(), ArtifactError, "model.onnx is missing"),
@@ -149,6 +164,29 @@ def test_what_is_wrong_never_goes_live(artifact: Artifact, repo: Path, tmp_path:
         publish(open_artifact(out), repo, Serving(), silent)
     assert snapshot(repo) == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "repo"}
+
+
+def _next_token(path: Path, margin: float) -> int:
+    """Make another token the recorded second one, with logits that prefer it by `margin` to the one that the model prefers."""
+    tensors = load_file(path / "golden.safetensors")
+    logits, tokens = tensors["prompt.1.logits"], tensors["prompt.1.tokens"]
+    right = int(tokens[1])
+    tokens[1] = np.argsort(logits[1])[-2]
+    logits[1, tokens[1]] = logits[1, right] + np.float32(margin)
+    save_file(tensors, path / "golden.safetensors")
+    return right
+
+
+def test_generate_must_answer_golden_prompts(artifact: Artifact, tmp_path: Path) -> None:
+    """Token for token, but for a tie that rounding decides."""
+    assert generation_faults(artifact) == []
+    out = Path(shutil.copytree(artifact.path, tmp_path / "out"))
+    right = _next_token(out, 0.1)
+    (fault,) = generation_faults(open_artifact(out))
+    assert f"`generate` answers golden prompt 1 with token {right} at step 1, not" in fault
+    out = Path(shutil.copytree(artifact.path, tmp_path / "tie"))
+    _next_token(out, 1e-5)  # fp32, below 1e-4
+    assert generation_faults(open_artifact(out)) == []
 
 
 def test_without_golden_vectors_nothing_goes_live(sources: tuple[Path, Path], tmp_path: Path) -> None:
@@ -189,6 +227,36 @@ def test_two_publishers_at_once(artifact: Artifact, repo: Path) -> None:
     assert check(repo) == []
 
 
+def test_a_repository_behind_a_link(artifact: Artifact, repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(repo)
+    assert publish(artifact, tmp_path / "elsewhere" / "link", Serving(), silent).version == 3
+    assert roll_back(tmp_path / "elsewhere" / "link", None).version == 2
+    assert check(repo) == []
+
+
+def test_a_first_publisher_that_fails_leaves_the_lock_to_the_next(artifact: Artifact, tmp_path: Path) -> None:
+    """It removes the directory that the next one waits for: that one makes it again."""
+    repo = tmp_path / "repo"
+
+    def fail_while_another_waits(pool: ThreadPoolExecutor) -> Future[Published]:
+        with contextlib.suppress(KeyboardInterrupt), staged_version(artifact, repo, Serving()):
+            waiting = pool.submit(publish, artifact, repo, Serving(), silent)
+            while not waiting.done() and not any("flock" in line for line in _stacks()):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return waiting
+
+    with ThreadPoolExecutor(1) as pool:
+        assert fail_while_another_waits(pool).result(60).version == 1
+    assert check(repo) == []
+
+
+def _stacks() -> list[str]:
+    """The line that each thread is at."""
+    return [traceback.extract_stack(frame, 2)[-1].line or "" for frame in sys._current_frames().values()]
+
+
 def test_directories_of_others_are_left_alone(artifact: Artifact, tmp_path: Path) -> None:
     (tmp_path / "repo" / "decoder" / "1").mkdir(parents=True)
     (tmp_path / "repo" / "decoder" / "1" / "model.onnx").write_bytes(b"theirs")
@@ -220,8 +288,46 @@ def test_rollback(repo: Path) -> None:
         roll_back(repo, None)
     roll_back(repo, 2)
     assert live(repo) == {"decoder": 2, "generate": 2}
-    with pytest.raises(ArtifactError, match=r"has no version 7; it has 1, 2"):
+    with pytest.raises(ArtifactError, match=r"decoder has no version 7; it has 1, 2"):
         roll_back(repo, 7)
+
+
+def test_rollback_goes_where_the_live_version_came_from(artifact: Artifact, repo: Path) -> None:
+    """And not to the number below it, which was given up."""
+    publish(artifact, repo, Serving(), silent)
+    assert roll_back(repo, None) == Published(2, 3, ("decoder", "generate"))
+    assert publish(artifact, repo, Serving(), silent).version == 4
+    assert roll_back(repo, None).version == 2
+    assert roll_back(repo, None).version == 1
+
+
+def test_no_rollback_to_a_version_that_one_model_lacks(repo: Path) -> None:
+    shutil.rmtree(repo / "generate" / "1")
+    with pytest.raises(ArtifactError, match="generate has no version 1; it has 2"):
+        roll_back(repo, None)
+    assert live(repo) == {"decoder": 2, "generate": 2}
+
+
+def test_both_configurations_or_none(artifact: Artifact, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second cannot be replaced: the first comes back."""
+    real = repository._replace
+    before = snapshot(repo)
+
+    def replace(source: Path, target: Path) -> None:
+        if target.parent.name == "generate":
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(repository, "_replace", replace)
+    with pytest.raises(BackendError, match="No space left on device"):
+        roll_back(repo, 1)
+    assert snapshot(repo) == before
+    with pytest.raises(BackendError, match="what was live still is"):
+        publish(artifact, repo, Serving(), silent)
+    assert live(repo) == {"decoder": 2, "generate": 2}
+    monkeypatch.undo()
+    assert publish(artifact, repo, Serving(), silent).version == 4
+    assert check(repo) == []
 
 
 def test_no_rollback_to_a_damaged_version(repo: Path) -> None:
@@ -229,6 +335,17 @@ def test_no_rollback_to_a_damaged_version(repo: Path) -> None:
     with pytest.raises(ArtifactError, match=r"generate/1/model.onnx.data is not the file"):
         make_live(repo, 1)
     assert live(repo) == {"decoder": 2, "generate": 2}
+
+
+@pytest.mark.parametrize("name", ["model.py", "generation.py", "scheduler.py"])
+def test_no_rollback_to_a_changed_program(repo: Path, name: str) -> None:
+    with (repo / "generate" / "1" / name).open("a") as stream:
+        stream.write("# changed\n")
+    with pytest.raises(ArtifactError, match=f"generate/1/{name} is not the file that was published"):
+        make_live(repo, 1)
+    (repo / "generate" / "1" / name).unlink()
+    with pytest.raises(ArtifactError, match=f"generate/1/{name} is missing"):
+        make_live(repo, 1)
 
 
 # the command line
@@ -315,11 +432,19 @@ def test_check_names_what_is_wrong_with_a_repository(repo: Path) -> None:
     assert "generate/config.pbtxt names version 1, which is not there" in check(repo)
 
 
+ENGINE = {"flavour": "tensorrt", "profiles": {name: {"batch": [1, 1, 4]} for name in ("prefill", "decode")}}
+
+
 def test_tensorrt_and_gpus(artifact: Artifact) -> None:
     """The form for a TensorRT engine: written and checked, not run by us."""
-    manifest = dataclasses.replace(artifact.manifest, backend="tensorrt", target="cuda")
+    manifest = dataclasses.replace(artifact.manifest, backend="tensorrt", target="cuda", engine=ENGINE)
     config = parse(decoder_config(manifest, 1, Serving(threads=2), Warmup({}, {})))
     assert (config.backend, config.default_model_filename) == ("tensorrt", "model.engine")
+    assert list(config.instance_group[0].profile) == ["0", "1"]  # prefill and decode
+    assert config.max_batch_size == 4  # the engine's limit; the serving's is 8
+    assert parse(decoder_config(manifest, 1, Serving(max_batch=2), Warmup({}, {}))).max_batch_size == 2
+    with pytest.raises(BackendError, match="cannot serve an engine of TensorRT-RTX"):
+        decoder_config(dataclasses.replace(manifest, engine=ENGINE | {"flavour": "rtx"}), 1, Serving(), Warmup({}, {}))
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
     assert not config.parameters  # ONNX Runtime's own
     with pytest.raises(BackendError, match="cannot serve an artifact of backend hf"):
@@ -369,6 +494,35 @@ def scheduler() -> Iterator[Scheduler]:
     made.stop()
 
 
+def test_limits_of_a_prompt(model: Model) -> None:
+    """Whatever makes a prompt long: contents, roles, many messages, what the template adds, or the JSON itself."""
+    most = model.most_characters
+    assert read_messages('[{"role": "user", "content": "you"}]', most) == [{"role": "user", "content": "you"}]
+    with pytest.raises(RequestError, match=f"but may have {most}"):
+        read_messages("[" * (most + 1), most)
+    for messages in (
+        [{"role": "user", "content": "a" * (most + 1)}],
+        [{"role": "a" * (most + 1), "content": ""}],
+        [{"role": "user", "content": ""}] * (model.context + 1),
+    ):
+        with pytest.raises(RequestError, match="characters is too long for a context"):
+            model.encode(None, messages, Settings())
+    plain, model._tokenizer.chat_template = model._tokenizer.chat_template, "{{ 'what ' * 10000000 }}"
+    try:
+        with pytest.raises(RequestError, match="50000000 characters is too long"):
+            model.encode("what?", None, Settings())
+    finally:
+        model._tokenizer.chat_template = plain
+
+
+def test_half_characters_are_refused(model: Model) -> None:
+    for text in ("what \ud800", "\udc80"):
+        with pytest.raises(RequestError, match="the prompt is not Unicode"):
+            model.encode(text, None, Settings())
+        with pytest.raises(RequestError, match="stop is not Unicode"):
+            Settings.read({"stop": [text]})
+
+
 class Client:
     """Collects what a job says."""
 
@@ -408,6 +562,13 @@ def test_generation_is_the_artifacts(artifact: Artifact, model: Model, scheduler
     assert bare != wanted[0]
 
 
+def test_top_k_above_the_vocabulary_is_all_of_it(model: Model, scheduler: Scheduler) -> None:
+    clients = [Client(model, "what?", max_tokens=8, seed=1, top_k=top_k) for top_k in (model.vocabulary, 2**31 - 1)]
+    for client in clients:
+        scheduler.submit(client.job)
+    assert clients[0].text() == clients[1].text()
+
+
 def test_a_client_that_goes_and_a_job_that_fails(model: Model, scheduler: Scheduler) -> None:
     gone, broken, well = (Client(model, "what?", max_tokens=n) for n in (1500, 20, 20))
     broken.job.prompt[0] = 10**6  # no such token: the runtime refuses it
@@ -423,3 +584,18 @@ def test_a_client_that_goes_and_a_job_that_fails(model: Model, scheduler: Schedu
     for client in again:
         scheduler.submit(client.job)
     assert len({client.text() for client in again}) == 1
+
+
+def test_clients_that_cannot_be_told_keep_no_slot(model: Model, scheduler: Scheduler) -> None:
+    """Sending fails, and saying so fails: the thread goes on, and the slots come free."""
+    deaf = [Client(model, "what?", max_tokens=3) for _ in range(4)]
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("gone")
+
+    for client in deaf:
+        client.job.send = client.job.fail = refuse
+        scheduler.submit(client.job)
+    well = Client(model, "what?", max_tokens=3)
+    scheduler.submit(well.job)
+    assert well.text()

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import GOLDEN, Artifact
 from flora_export.errors import ArtifactError
 from flora_export.verify.coverage import Runner, run_forced
-from flora_export.verify.numerics import TOLERANCES, Expected
+from flora_export.verify.numerics import TOLERANCES, Expected, Logits
 
 PROMPT_COUNT = 2
+Ids = npt.NDArray[np.int64]
 
 
 def write_golden(expected: Sequence[Expected], directory: Path) -> None:
@@ -33,8 +35,8 @@ def write_golden(expected: Sequence[Expected], directory: Path) -> None:
     save_file(tensors, directory / GOLDEN)
 
 
-def replay(artifact: Artifact, runner: Runner) -> list[str]:
-    """Run the recorded prompts and compare. Returns faults, a line each.
+def recorded_prompts(artifact: Artifact) -> list[tuple[Ids, Ids, Logits]]:
+    """The input_ids, tokens and logits of each recorded prompt, checked for shape.
 
     Raises:
         ArtifactError: there are no golden vectors, or they are damaged.
@@ -45,7 +47,7 @@ def replay(artifact: Artifact, runner: Runner) -> list[str]:
     try:
         tensors = load_file(file)
         count = sum(name.endswith(".input_ids") for name in tensors)
-        recorded = [tuple(tensors[f"prompt.{i}.{key}"] for key in ("input_ids", "tokens", "logits")) for i in range(count)]
+        recorded = [(tensors[f"prompt.{i}.input_ids"], tensors[f"prompt.{i}.tokens"], tensors[f"prompt.{i}.logits"]) for i in range(count)]
     except (SafetensorError, KeyError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error}). Build the artifact again.") from error
     vocabulary = artifact.manifest.outputs[0].shape[-1]
@@ -58,12 +60,21 @@ def replay(artifact: Artifact, runner: Runner) -> list[str]:
         raise ArtifactError(
             f"{file} is damaged: it must hold prompts of int64 tokens below {vocabulary}, and their logits. Build it again."
         )
-    tolerance = TOLERANCES[artifact.manifest.precision].logits
+    return recorded
+
+
+def replay(artifact: Artifact, runner: Runner) -> list[str]:
+    """Run the recorded prompts and compare. Returns faults, a line each. Raises ArtifactError as `recorded_prompts` does."""
     faults = []
-    for index, (ids, tokens, expected) in enumerate(recorded):
+    for index, (ids, tokens, expected) in enumerate(recorded_prompts(artifact)):
         got = run_forced(runner, [ids.tolist()], [tokens.tolist()[:-1]])[0][len(ids) - 1 :]
         off = float(np.abs(got - expected).max())
-        allowed = tolerance * max(1.0, float(np.abs(expected).max()))
+        allowed = allowed_error(artifact, expected)
         if not off <= allowed:
             faults.append(f"golden prompt {index}: logits are off by {off:.3g} (allowed {allowed:.3g})")
     return faults
+
+
+def allowed_error(artifact: Artifact, logits: Logits) -> float:
+    """The largest error of logits in the artifact's precision."""
+    return TOLERANCES[artifact.manifest.precision].logits * max(1.0, float(np.abs(logits).max()))

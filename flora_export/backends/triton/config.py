@@ -7,7 +7,7 @@ another comes back, by one replaced file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from flora_export.errors import BackendError
 
 DECODER, GENERATE = "decoder", "generate"
 CONFIG = "config.pbtxt"
+HASH = "sha256:"  # begins a parameter of `generate` that has the hash of a file of its program
+FORMER = "former_version"  # a parameter of `decoder`: what was live before; Triton has no use for it
 TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
 # What a decoder's files are called, and which of Triton's backends runs them. TensorRT's form has not been run by us.
 RUNTIMES = {"onnxruntime": ("onnxruntime", "model.onnx"), "tensorrt": ("tensorrt", "model.engine")}
@@ -62,25 +64,39 @@ class Warmup:
     zeros: dict[str, list[int]]
 
 
-def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup) -> str:
-    """config.pbtxt of `decoder`. Raises BackendError where Triton has no such backend or type."""
+def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup, former: int | None = None) -> str:
+    """config.pbtxt of `decoder`; `former` is the version that was live before it.
+
+    Raises BackendError where Triton has no such backend or type, or cannot load such an engine.
+    """
     if manifest.backend not in RUNTIMES:
         raise BackendError(f"a Triton repository cannot serve an artifact of backend {manifest.backend}; it serves {', '.join(RUNTIMES)}")
     backend, file = RUNTIMES[manifest.backend]
-    lines = [f'name: "{DECODER}"', f'backend: "{backend}"', f'default_model_filename: "{file}"', f"max_batch_size: {serving.max_batch}"]
+    batch, profiles = serving.max_batch, ""
+    if manifest.backend == "tensorrt":
+        if manifest.engine["flavour"] == "rtx":
+            raise BackendError(
+                "a Triton repository cannot serve an engine of TensorRT-RTX: Triton's tensorrt backend loads engines of the full TensorRT. "
+                "Build one with --trt-flavor tensorrt."
+            )
+        batch = min(batch, manifest.engine["profiles"]["decode"]["batch"][2])
+        profiles = ' profile: ["0", "1"]'  # prefill and decode; without them the backend loads the first alone
+    lines = [f'name: "{DECODER}"', f'backend: "{backend}"', f'default_model_filename: "{file}"', f"max_batch_size: {batch}"]
     lines += [_tensor("input", *described, optional=False) for described in map(describe, manifest.inputs)]
     lines += [_tensor("output", *described, optional=False) for described in map(describe, manifest.outputs)]
-    lines += _common(version, serving.instances, KINDS.get(manifest.target, "KIND_GPU"))
+    lines += _common(version, serving.instances, KINDS.get(manifest.target, "KIND_GPU") + profiles)
     # Only requests of equal shapes are joined. No delay: a request is never kept waiting for company.
     lines.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: 0\n{_queue_policy(serving.max_queue)}}}")
     if serving.threads and backend == "onnxruntime":
         lines.append(_parameter("intra_op_thread_count", serving.threads))
+    if former is not None:
+        lines.append(_parameter(FORMER, former))
     lines.append(_warmup(warmup, {tensor.name: describe(tensor)[1] for tensor in manifest.inputs}))
     return "\n".join(lines) + "\n"
 
 
-def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup) -> str:
-    """config.pbtxt of `generate`."""
+def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup, program: Mapping[str, str]) -> str:
+    """config.pbtxt of `generate`. `program` has the SHA-256 of its files that the manifest does not know, by name."""
     lines = [f'name: "{GENERATE}"', 'backend: "python"', 'default_model_filename: "model.py"', "max_batch_size: 0"]
     lines.append("model_transaction_policy { decoupled: true }")
     lines += [_tensor("input", name, kind, dims, optional=optional) for name, kind, dims, optional in GENERATE_INPUTS]
@@ -90,6 +106,7 @@ def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: 
     lines.append(_parameter("concurrent_requests", serving.concurrent))
     lines.append(_parameter("threads", serving.threads))
     lines.append(_parameter("check_files", "true" if serving.check_files else "false"))
+    lines += [_parameter(f"{HASH}{name}", value) for name, value in program.items()]
     lines.append(_warmup(warmup, {name: kind for name, kind, *_ in GENERATE_INPUTS}))
     return "\n".join(lines) + "\n"
 

@@ -4,7 +4,7 @@
     REPO/decoder/3/                     the artifact itself: model.onnx, its weights, manifest.json, golden.safetensors, ...
     REPO/decoder/3/config.pbtxt         what decoder/config.pbtxt is while version 3 is live
     REPO/decoder/warmup/3.input_ids     the first request that the server sends itself
-    REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py
+    REPO/generate/3/                    the same files (hard links), and the program that runs them: model.py, generation.py, scheduler.py
 
 Weights are copied once, so that nothing done to OUT later can reach a live version. (The onnx package refuses to read weights that have
 several hard links; ONNX Runtime reads them. `flora-export verify` is for OUT, and `check` proves that these are OUT's bytes.)
@@ -19,21 +19,26 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
-from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, changed_files, open_artifact
+from flora_export.artifact import MANIFEST, Artifact, changed_files, open_artifact
 from flora_export.backends.triton.check import config_faults
-from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config, parse
+from flora_export.backends.triton.config import (
+    CONFIG,
+    DECODER,
+    FORMER,
+    GENERATE,
+    HASH,
+    Serving,
+    parse,
+)
+from flora_export.backends.triton.version import PROGRAM, write_version
+from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
 MODELS = (DECODER, GENERATE)
-PROGRAM = {"generate.py": "model.py", "generation.py": "generation.py"}  # of `generate`: in this package -> in the version
-NO_CACHE = "This file keeps Python from writing here: a server that polls would take it for a change, and load the version again.\n"
 GENERATES = ("genai_config.json", "tokenizer.json", "tokenizer_config.json")  # what `generate` needs of an artifact
 
 
@@ -55,28 +60,24 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
         ArtifactError: the repository cannot be used, or the artifact cannot be served by it.
         BackendError: it cannot be written, or its config.pbtxt would be wrong.
     """
-    repo = repo.absolute()
+    repo = repo.resolve()
     if repo.exists() and not repo.is_dir():
         raise ArtifactError(f"{repo} is no directory, so it cannot be a model repository")
     try:
-        repo.mkdir(parents=True, exist_ok=True)
         with _scratch(repo) as scratch:
             models = _models(artifact, repo)
-            former = live(repo)[DECODER] if (repo / DECODER).exists() else None
+            former = live(repo)[DECODER] if (repo / DECODER / CONFIG).exists() else None
             version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
-            staged = Staged(_write(artifact, scratch, version, models, serving), version, models, former)
-            yield staged
-            for model in staged.models:
-                _move_in(scratch / model, repo / model, staged.version)
+            yield Staged(write_version(artifact, scratch, version, models, serving, former), version, models, former)
+            for model in models:
+                _move_in(scratch / model, repo / model, version)
+            _go_live(repo, models, version, scratch)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
             f"{repo}: the version could not be published ({reason}); what was live still is. A version is written beside the repository "
             "and moved in, so the repository must not be a mount point itself."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            repo.rmdir()  # only where it is empty: the first version did not come to be
 
 
 def versions(repo: Path, model: str) -> list[int]:
@@ -103,28 +104,48 @@ def live(repo: Path) -> dict[str, int]:
     return found
 
 
-def make_live(repo: Path, version: int) -> None:
+def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
     """Make a version live that the repository holds, after its files were found to be what they should be.
 
+    Args:
+        version: None for the one that was live when the live one was published.
+
+    Returns the version, and the one that was live; None where `version` was given.
+
     Raises:
-        ArtifactError: there is no such version, or it is damaged.
+        ArtifactError: there is no such version, a model that is served lacks it, or it is damaged.
         BackendError: the repository cannot be written.
     """
-    repo = repo.absolute()
-    held = versions(repo, DECODER)
-    if version not in held:
-        raise ArtifactError(f"{repo} has no version {version}; it has {', '.join(map(str, held)) or 'none'}")
-    faults = version_faults(repo, version)
-    if faults:
-        raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
+    repo = repo.resolve()
+    former = None
+    if not versions(repo, DECODER):
+        raise ArtifactError(f"{repo} has no versions of {DECODER}: it is no model repository of ours")
     try:
         with _scratch(repo) as scratch:
-            for model in MODELS:
-                if version in versions(repo, model):
-                    kept = shutil.copyfile(repo / model / str(version) / CONFIG, scratch / model)
-                    _replace(kept, repo / model / CONFIG)
+            if version is None:
+                former = live(repo)[DECODER]
+                version = _before(repo, former)
+            models = [model for model in MODELS if model == DECODER or versions(repo, model)]
+            for model in models:
+                held = versions(repo, model)
+                if version not in held:
+                    raise ArtifactError(f"{repo}: {model} has no version {version}; it has {', '.join(map(str, held)) or 'none'}")
+            faults = version_faults(repo, version)
+            if faults:
+                raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
+            _go_live(repo, models, version, scratch)
     except OSError as error:
         raise BackendError(f"{repo}: version {version} could not be made live ({error.strerror or error})") from error
+    return version, former
+
+
+def _before(repo: Path, version: int) -> int:
+    """The version that was live when this one was published. Raises ArtifactError."""
+    parameters = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8")).parameters
+    former = parameters[FORMER].string_value if FORMER in parameters else ""
+    if not former.isdecimal():
+        raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
+    return int(former)
 
 
 def check(repo: Path) -> list[str]:
@@ -153,6 +174,24 @@ def version_faults(repo: Path, version: int) -> list[str]:
             artifact = open_artifact(directory)
             faults += config_faults(repo / model, artifact.manifest, text)
             faults += [f"{model}/{version}/{fault}" for fault in changed_files(artifact)]
+            if model == GENERATE:
+                faults += [f"{model}/{version}/{fault}" for fault in _changed_program(directory, text)]
+    return faults
+
+
+def _changed_program(directory: Path, text: str) -> list[str]:
+    """Files of `generate`'s program that are not those whose hashes its configuration has, a line each."""
+    try:
+        parameters = parse(text).parameters
+    except ValueError:
+        return []  # said already
+    faults = []
+    for name in PROGRAM.values():
+        known = parameters[f"{HASH}{name}"].string_value if f"{HASH}{name}" in parameters else None
+        if not (directory / name).is_file():
+            faults.append(f"{name} is missing")
+        elif file_sha256(directory / name) != known:
+            faults.append(f"{name} is not the file that was published: its SHA-256 differs from {CONFIG}'s")
     return faults
 
 
@@ -168,76 +207,42 @@ def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
     return can
 
 
-def _write(artifact: Artifact, scratch: Path, version: int, models: tuple[str, ...], serving: Serving) -> Artifact:
-    """The models of a version, in the layout of a repository. Returns the decoder's version, which is an artifact itself."""
-    decoder, generate = scratch / DECODER / str(version), scratch / GENERATE / str(version)
-    decoder.mkdir(parents=True)
-    for name in (*artifact.manifest.files, MANIFEST, REPORT):
-        if (artifact.path / name).is_file():
-            shutil.copyfile(artifact.path / name, decoder / name)
-        elif name != REPORT:
-            raise ArtifactError(f"{artifact.path}: {name} is missing. Build the artifact again.")
-    texts = {DECODER: decoder_config(artifact.manifest, version, serving, _decoder_warmup(artifact, scratch / DECODER / "warmup", version))}
-    if GENERATE in models:
-        generate.mkdir(parents=True)
-        for file in decoder.iterdir():
-            _link(file, generate / file.name)
-        for source, name in PROGRAM.items():
-            shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
-        (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
-        warmup = _generate_warmup(scratch / GENERATE / "warmup", version)
-        texts[GENERATE] = generate_config(artifact.manifest, version, serving, warmup)
-    faults = []
-    for model, text in texts.items():
-        (scratch / model / CONFIG).write_text(text, encoding="utf-8")
-        (scratch / model / str(version) / CONFIG).write_text(text, encoding="utf-8")
-        faults += config_faults(scratch / model, artifact.manifest)
-    if faults:
-        raise BackendError(f"the configuration would be wrong: {'; '.join(faults)}")
-    return open_artifact(decoder)
-
-
-def _decoder_warmup(artifact: Artifact, directory: Path, version: int) -> Warmup:
-    """A golden prompt as the decoder's first request: prefill, on a KV cache of no tokens."""
-    file = artifact.path / GOLDEN
-    try:
-        with safe_open(file, framework="numpy") as golden:
-            ids = golden.get_tensor("prompt.0.input_ids")
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{file} cannot be read ({error}); an artifact is served only with golden vectors. Build it with verification."
-        ) from error
-    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids))}
-    directory.mkdir()
-    files, zeros = {}, {}
-    for name, _, dims in map(describe, artifact.manifest.inputs):
-        if name in known:
-            files[name] = (f"{version}.{name}", [len(ids)])
-            (directory / f"{version}.{name}").write_bytes(known[name].astype("<i8").tobytes())
-        else:
-            zeros[name] = [max(d, 0) for d in dims]  # [KV heads, 0, head size]
-    return Warmup(files, zeros)
-
-
-def _generate_warmup(directory: Path, version: int) -> Warmup:
-    """A question, and one token as its answer. A server whose Python cannot read texts fails here, and not at a client's request."""
-    directory.mkdir()
-    text = b"Hello"
-    (directory / f"{version}.text_input").write_bytes(len(text).to_bytes(4, "little") + text)
-    (directory / f"{version}.max_tokens").write_bytes((1).to_bytes(4, "little"))
-    return Warmup({name: (f"{version}.{name}", [1]) for name in ("text_input", "max_tokens")}, {})
-
-
 def _move_in(source: Path, target: Path, version: int) -> None:
+    """A version of a model and its warm-up; nothing names them yet."""
     if not target.exists():
         source.rename(target)
         return
-    (source / str(version)).rename(target / str(version))
     if (source / "warmup").is_dir():
         (target / "warmup").mkdir(exist_ok=True)
         for file in (source / "warmup").iterdir():
             file.rename(target / "warmup" / file.name)
-    _replace(source / CONFIG, target / CONFIG)
+    (source / str(version)).rename(target / str(version))
+
+
+def _go_live(repo: Path, models: Sequence[str], version: int, scratch: Path) -> None:
+    """Replace the models' configurations by those of a version: of all models, or of none."""
+    for model in models:
+        shutil.copyfile(repo / model / str(version) / CONFIG, scratch / f"{model}.new")
+        if (repo / model / CONFIG).exists():
+            shutil.copyfile(repo / model / CONFIG, scratch / f"{model}.old")
+    done: list[str] = []
+    try:
+        for model in models:
+            _replace(scratch / f"{model}.new", repo / model / CONFIG)
+            done.append(model)
+    except BaseException as error:
+        try:
+            for model in done:
+                if (scratch / f"{model}.old").exists():
+                    _replace(scratch / f"{model}.old", repo / model / CONFIG)
+                else:
+                    (repo / model / CONFIG).unlink()
+        except OSError as second:
+            raise BackendError(
+                f"{repo}: version {version} went live for {', '.join(done)} alone ({error}), which could not be undone ({second}): "
+                "publish or roll back again"
+            ) from error
+        raise
 
 
 def _replace(source: Path, target: Path) -> None:
@@ -247,23 +252,33 @@ def _replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(source, target)
-
-
 @contextlib.contextmanager
 def _scratch(repo: Path) -> Iterator[Path]:
     """A directory beside the repository, for one publisher at a time; what killed ones have left goes."""
     prefix = f".{repo.name}.publishing-"
-    lock = os.open(repo, os.O_RDONLY)
+    lock = _lock(repo)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
             yield Path(directory)
     finally:
+        with contextlib.suppress(OSError):
+            repo.rmdir()  # only where it is empty: the first version did not come to be
         os.close(lock)
+
+
+def _lock(repo: Path) -> int:
+    """The repository's directory, made where it is missing, open and locked. Whoever had the lock before may have removed it: once more."""
+    while True:
+        repo.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(repo, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(lock), os.stat(repo)):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)

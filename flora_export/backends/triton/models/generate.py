@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # the server brings it
-from generation import Job, Model, Piece, RequestError, Scheduler, Settings, read_messages
+from generation import Job, Model, Piece, RequestError, Settings, read_messages
+from scheduler import Scheduler
 
 SCALARS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream", "chat")  # inputs of one number each
+LONGEST_MESSAGE = 2000  # characters of an error
 
 
 class TritonPythonModel:
@@ -33,16 +35,22 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Take requests over. It waits while all slots are taken: the rest waits in the server's own queue, which counts and limits it."""
         for request in requests:
-            answer = Answer(request, self.counters)
             try:
-                settings, prompt = self._read(request)
-            except RequestError as error:
-                answer.fail(str(error), "invalid")
-            except Exception as error:  # one request's failure must not be that of those which came with it
+                self._take(request)
+            except Exception:  # one request's failure must not be that of those which came with it
                 traceback.print_exc()
-                answer.fail(f"the prompt could not be read ({type(error).__name__}: {error})", "internal")
-            else:
-                self.scheduler.submit(Job(self.model, prompt, settings, answer.send, answer.fail, answer.sender.is_cancelled))
+
+    def _take(self, request: Any) -> None:
+        answer = Answer(request, self.counters)
+        try:
+            settings, prompt = self._read(request)
+        except RequestError as error:
+            answer.fail(str(error), "invalid")
+        except Exception as error:
+            traceback.print_exc()
+            answer.fail(f"the prompt could not be read ({type(error).__name__}: {error})", "internal")
+        else:
+            self.scheduler.submit(Job(self.model, prompt, settings, answer.send, answer.fail, answer.sender.is_cancelled))
 
     def finalize(self) -> None:
         """The server has answered all requests of this version, and unloads it."""
@@ -62,7 +70,8 @@ class TritonPythonModel:
             raise RequestError("give text_input or messages, one of the two")
         settings = Settings.read(given)
         if "messages" in inputs:
-            return settings, self.model.encode(None, read_messages(_text(_one(inputs, "messages"), "messages")), settings)
+            messages = read_messages(_text(_one(inputs, "messages"), "messages"), self.model.most_characters)
+            return settings, self.model.encode(None, messages, settings)
         return settings, self.model.encode(_text(_one(inputs, "text_input"), "text_input"), None, settings)
 
 
@@ -97,14 +106,16 @@ class Answer:
         if piece.reason:
             outputs += [_strings("finish_reason", piece.reason)]
             outputs += [_number("prompt_tokens", piece.prompt_tokens), _number("new_tokens", piece.new_tokens)]
-            self.counters.count(piece.reason, piece.prompt_tokens, piece.new_tokens)
         self.sender.send(pb_utils.InferenceResponse(outputs), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if piece.reason else 0)
+        if piece.reason:  # and not before: a piece that cannot be sent fails, and is counted as that
+            self.counters.count(piece.reason, piece.prompt_tokens, piece.new_tokens)
 
     def fail(self, message: str, kind: str) -> None:
         """End the request with an error: "invalid", "cancelled" or "internal"."""
-        self.counters.count(kind)
+        sendable = message.encode("utf-8", "replace").decode()[:LONGEST_MESSAGE]  # it may quote what the client sent
         code = {"invalid": pb_utils.TritonError.INVALID_ARG, "cancelled": pb_utils.TritonError.CANCELLED}
-        error = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code.get(kind, pb_utils.TritonError.INTERNAL)))
+        error = pb_utils.InferenceResponse(error=pb_utils.TritonError(sendable, code.get(kind, pb_utils.TritonError.INTERNAL)))
+        self.counters.count(kind)
         self.sender.send(error, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 

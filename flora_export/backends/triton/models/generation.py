@@ -1,20 +1,12 @@
-"""Text generation inside the server: requests, the model in ONNX Runtime GenAI, and the loop that gives each request its turns.
+"""Text generation inside the server: requests, the model in ONNX Runtime GenAI, and a request's turns.
 
 It knows nothing of Triton (model.py does), and needs of the server's Python only onnxruntime-genai and transformers, without torch.
 Tokens are transformers' own: ONNX Runtime GenAI's tokenizer was seen to split SmolLM2's white space in another way.
-
-ONNX Runtime GenAI's Python calls hold the interpreter's lock, so that threads would take turns anyway. One thread therefore runs all
-requests, a token of each in turn. Each has a generator of its own with its own KV cache, so that what a request gets depends on nothing
-beside it: the same bits as if it were alone.
 """
 
 from __future__ import annotations
 
 import json
-import queue
-import threading
-import traceback
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,6 +60,8 @@ class Settings:
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
         sound = isinstance(values["stop"], tuple) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in values["stop"])
         _expect(sound and len(values["stop"]) <= MAX_STOPS, "stop", stop, f"at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+        for text in values["stop"]:
+            _expect_unicode(text, "stop")
         return Settings(**values)
 
 
@@ -76,8 +70,17 @@ def _expect(true: bool, name: str, value: object, expected: str) -> None:
         raise RequestError(f"{name} is {value!r}, but must be {expected}")
 
 
-def read_messages(text: str) -> list[dict[str, str]]:
-    """A conversation: JSON, a list of {"role": ..., "content": ...}. Raises RequestError."""
+def _expect_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can say half a character, a lone surrogate
+        raise RequestError(f"{name} is not Unicode ({error.reason})") from error
+
+
+def read_messages(text: str, most: int) -> list[dict[str, str]]:
+    """A conversation of at most so many characters: JSON, a list of {"role": ..., "content": ...}. Raises RequestError."""
+    if len(text) > most:
+        raise RequestError(f"messages has {len(text)} characters, but may have {most}")
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -123,6 +126,8 @@ class Model:
         self._genai = genai
         config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context: int = config["context_length"]
+        self.most_characters = CHARACTERS_PER_TOKEN * self.context
+        self.vocabulary: int = config["vocab_size"]
         ends = config["eos_token_id"]
         self.ends = set(ends if isinstance(ends, list) else [ends])
         options: dict[str, Any] = {"session.intra_op.allow_spinning": "0"}  # an idle model leaves the processor to others
@@ -143,14 +148,17 @@ class Model:
             raise RequestError("messages were given, but this model has no chat template: give text_input")
         if messages is None and settings.chat and self.has_template:
             messages = [{"role": "user", "content": text or ""}]
-        size = len(text or "") if messages is None else sum(len(message["content"]) for message in messages)
-        if size > CHARACTERS_PER_TOKEN * self.context:
-            raise RequestError(f"a prompt of {size} characters is too long for a context of {self.context} tokens")
+        if messages is None:
+            self._limit(len(text or ""))
+        else:  # each message is a token at least
+            self._limit(sum(len(message["role"]) + len(message["content"]) + CHARACTERS_PER_TOKEN for message in messages))
         if messages is not None:
             try:
                 text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # a template may raise anything about what it refuses, such as an unknown role
                 raise RequestError(f"the chat template refuses the messages ({error})") from error
+            self._limit(len(text or ""))
+        _expect_unicode(text or "", "the prompt")
         tokens = list(self._tokenizer(text, add_special_tokens=messages is None)["input_ids"])
         if not tokens:
             raise RequestError("the prompt is empty")
@@ -158,12 +166,17 @@ class Model:
             raise RequestError(f"the prompt has {len(tokens)} tokens, but the context holds {self.context} with the answer: shorten it")
         return tokens
 
+    def _limit(self, size: int) -> None:
+        if size > self.most_characters:
+            raise RequestError(f"a prompt of {size} characters is too long for a context of {self.context} tokens")
+
     def generator(self, prompt_tokens: int, settings: Settings) -> tuple[Any, int]:
         """A generator for a prompt of so many tokens, and how many it may add."""
         room = min(settings.max_tokens, self.context - prompt_tokens)
         options: dict[str, Any] = {"max_length": prompt_tokens + room, "do_sample": settings.temperature > 0}
+        options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # whatever genai_config.json says
         if settings.temperature > 0:
-            options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+            options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": min(settings.top_k, self.vocabulary)}
             if settings.seed >= 0:
                 options["random_seed"] = settings.seed
         parameters = self._genai.GeneratorParams(self._model)
@@ -253,46 +266,3 @@ class Job:
             new = self._count - ended
             self.send(Piece(text if self.settings.stream else self._text, reason, len(self.prompt), new))
         return bool(reason)
-
-
-class Scheduler:
-    """Gives jobs their turns, `slots` of them at a time."""
-
-    def __init__(self, slots: int) -> None:
-        self._slots = threading.Semaphore(slots)
-        self._incoming: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Hand a job over; waits for a free slot, so that whoever queues does it where the server counts them."""
-        self._slots.acquire()
-        self._incoming.put(job)
-
-    def stop(self) -> None:
-        """Finish the jobs that run, and no others."""
-        self._incoming.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        active: deque[Job] = deque()
-        stopping = False
-        while not stopping or active:
-            while not stopping and (not active or not self._incoming.empty()):
-                job = self._incoming.get()
-                stopping = job is None
-                if job is not None:
-                    active.append(job)
-            if not active:
-                break
-            job = active.popleft()
-            try:
-                done = job.advance()
-            except Exception as error:  # one request's failure, such as a KV cache that finds no memory, is not the others'
-                traceback.print_exc()
-                job.fail(f"generation failed ({type(error).__name__}: {error})", "internal")
-                done = True
-            if done:
-                self._slots.release()
-            else:
-                active.append(job)
