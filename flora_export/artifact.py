@@ -198,6 +198,14 @@ def changed_files(artifact: Artifact) -> list[str]:
     return faults
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Another name for a file's bytes, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 @contextlib.contextmanager
 def staged(output: Path, *, force: bool) -> Iterator[Path]:
     """A directory beside `output` to build in; it becomes `output` when the block ends well, and vanishes when it does not.

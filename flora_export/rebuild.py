@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flora_export.artifact import ENGINE, GOLDEN, LAYERS, MANIFEST, Artifact, changed_files, open_artifact, seal, staged, writing
+from flora_export.artifact import (
+    ENGINE,
+    GOLDEN,
+    LAYERS,
+    MANIFEST,
+    Artifact,
+    changed_files,
+    link_or_copy,
+    open_artifact,
+    seal,
+    staged,
+    writing,
+)
 from flora_export.backends import load_backend
 from flora_export.errors import ArtifactError, VerificationError
 from flora_export.verify.golden import replay
@@ -50,10 +60,10 @@ def rebuild(path: Path, options: EngineOptions, progress: Progress) -> tuple[Art
         unsealed = Artifact(directory, dataclasses.replace(manifest, files={}))  # the engine may be meant for another machine
         decoder = backend.Decoder(unsealed)
         wrong = replay(unsealed, decoder)
-        with writing(path):
-            artifact = seal(directory, manifest)
         if wrong:
             raise VerificationError("\n".join(["FAILED: the new engine is not what was verified; OUT is as it was", *wrong]))
+        with writing(path):
+            artifact = seal(directory, manifest)
     return Artifact(path, artifact.manifest), decoder.runtime
 
 
@@ -61,7 +71,4 @@ def _share(source: Path, directory: Path) -> None:
     """The files that stay, as hard links where the file system has them."""
     for file in source.iterdir():
         if file.is_file() and file.name not in (ENGINE, LAYERS, MANIFEST):
-            try:
-                os.link(file, directory / file.name)
-            except OSError:
-                shutil.copyfile(file, directory / file.name)
+            link_or_copy(file, directory / file.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +67,7 @@ class Reference:
         self, tokens: Sequence[int], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
     ) -> npt.NDArray[np.float32]:
         """Logits [tokens, vocabulary] of a whole sequence, or of one that follows a KV cache, with or without the adapter."""
-        past = None
-        if cache is not None:
-            past = transformers.DynamicCache()
-            for layer, (keys, values) in enumerate(cache):
-                past.update(*(torch.from_numpy(array).to(self.model.dtype) for array in (keys, values)), layer)
+        past = None if cache is None else dynamic_cache(cache, self.model.dtype)
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
             output = self.model(input_ids=torch.tensor([list(tokens)]), past_key_values=past, use_cache=past is not None)
         result: npt.NDArray[np.float32] = output.logits[0].float().numpy()
@@ -80,21 +76,9 @@ class Reference:
     @torch.no_grad()
     def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str], *, adapter: bool) -> dict[str, npt.NDArray[np.float32]]:
         """What each block returns, [tokens, d], by the name of its module, with or without the adapter."""
-        outputs: dict[str, npt.NDArray[np.float32]] = {}
-
-        def keep(block: str) -> Callable[..., None]:
-            def hook(_module: object, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
-                outputs[block] = (output[0] if isinstance(output, tuple) else output)[0].float().numpy()
-
-            return hook
-
         modules = dict(self.model.base_model.model.named_modules())
-        handles = [modules[block].register_forward_hook(keep(block)) for block in blocks]
-        try:
+        with kept_outputs({block: modules[block] for block in blocks}) as outputs:
             self.logits(tokens, adapter=adapter)
-        finally:
-            for handle in handles:
-                handle.remove()
         return outputs
 
     @torch.no_grad()
@@ -108,6 +92,33 @@ class Reference:
             ids = output.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
         return tokens
+
+
+def dynamic_cache(cache: Sequence[tuple[_Array, _Array]], dtype: torch.dtype) -> transformers.DynamicCache:
+    """A KV cache of transformers: keys and values per layer, each [batch, KV heads, past, head size]."""
+    past = transformers.DynamicCache()
+    for layer, pair in enumerate(cache):
+        past.update(*(torch.from_numpy(array).to(dtype) for array in pair), layer)
+    return past
+
+
+@contextlib.contextmanager
+def kept_outputs(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, _Array]]:
+    """What modules return for the first row, [tokens, d], by the names that they are given here; filled by what runs in the block."""
+    outputs: dict[str, _Array] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: object, _arguments: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output)[0].float().numpy()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

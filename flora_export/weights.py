@@ -64,10 +64,10 @@ def dims_of(value: ir.Value) -> list[int]:
     return list(value.const_value.shape.numpy())
 
 
-def add_sizes(model: ir.Model, name: str, sizes: Sequence[int]) -> ir.Value:
-    """A new int64 initializer, for a Split."""
-    tensor = ir.Tensor(np.array(sizes, dtype=np.int64), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+def add_constant(model: ir.Model, name: str, values: float | Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+    """A new initializer: sizes of a Split, an axis, a scalar."""
+    tensor = ir.Tensor(np.array(values, dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
     model.graph.initializers.add(value)
     return value
 

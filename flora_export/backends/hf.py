@@ -23,11 +23,12 @@ from flora_export.artifact import Artifact, LedgerEntry, Manifest, Tensor
 from flora_export.backends import Limits
 from flora_export.backends.hf_layout import branches_in_file, check_neurons, plan, widened
 from flora_export.backends.manifest import describe
+from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.base_model import GENERATION, BaseModel, read_json
 from flora_export.errors import BackendError
 from flora_export.ledger import Progress, block_records, sha256_of
 from flora_export.passes import Fused
-from flora_export.reference import quiet
+from flora_export.reference import dynamic_cache, kept_outputs, quiet
 from flora_export.shards import write_shards
 from flora_export.weights import Array, Part
 
@@ -141,12 +142,11 @@ class Decoder:
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
-        width = max(map(len, prompts))
-        self.mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        ids, mask = pad_prompts(prompts, right=False)
+        self.mask = torch.from_numpy(mask)
         self.cache: Any = None
-        logits = self._run(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
-        return [logits[row, width - len(prompt) :] for row, prompt in enumerate(prompts)]
+        logits = self._run(torch.from_numpy(ids), torch.from_numpy(positions_of(mask)))
+        return [logits[row][mask[row] == 1] for row in range(len(prompts))]
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Decode one token of each row. Returns logits [batch, vocabulary]."""
@@ -163,10 +163,7 @@ class Decoder:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self.mask = torch.ones((batch, past), dtype=torch.long)
-        self.cache = transformers.DynamicCache()
-        for layer, pair in enumerate(cache):
-            keys, values = (torch.from_numpy(array).to(self.model.dtype) for array in pair)
-            self.cache.update(keys, values, layer)
+        self.cache = dynamic_cache(cache, self.model.dtype)
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> Logits:
@@ -181,16 +178,7 @@ class Decoder:
 
     def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str]) -> dict[str, Logits]:
         """What each block returns for one prompt, [tokens, d], by the name of its module."""
-        outputs: dict[str, Logits] = {}
         modules = dict(self.model.named_modules())
-
-        def keep(block: str) -> Any:
-            return lambda _module, _arguments, output: outputs.__setitem__(block, output[0].float().numpy())
-
-        handles = [modules[block].register_forward_hook(keep(block)) for block in blocks if block in modules]
-        try:
+        with kept_outputs({block: modules[block] for block in blocks if block in modules}) as outputs:
             self.start([tokens])
-        finally:
-            for handle in handles:
-                handle.remove()
         return outputs

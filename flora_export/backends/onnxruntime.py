@@ -16,6 +16,7 @@ import onnxruntime as ort
 from flora_export.artifact import Artifact, Manifest, Tensor
 from flora_export.backends import Limits
 from flora_export.backends.manifest import describe
+from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
 from flora_export.errors import BackendError
 from flora_export.ledger import Progress, block_records, write_model
 from flora_export.passes import Fused
@@ -117,19 +118,16 @@ class Decoder:
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
         self.lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(self.lengths.max())
-        self.mask = _mask(self.lengths, width, right=self.right)
-        ids = np.zeros((len(prompts), width), np.int64)
-        ids[self.mask == 1] = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
+        ids, self.mask = pad_prompts(prompts, right=self.right)
         self.cache = {name: self._empty(value, len(prompts)) for name, value in self.cache_inputs.items()}
-        logits = self._run(ids, np.clip(np.cumsum(self.mask, axis=1) - 1, 0, None))
+        logits = self._run(ids, positions_of(self.mask))
         return [logits[row][self.mask[row] == 1] for row in range(len(prompts))]
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Decode one token of each row. Returns logits [batch, vocabulary]."""
         self.lengths += 1
         if self.right:
-            self.mask = _mask(self.lengths, self.mask.shape[1] + 1, right=True)
+            self.mask = padding_mask(self.lengths, self.mask.shape[1] + 1, right=True)
         else:
             self.mask = np.pad(self.mask, ((0, 0), (0, 1)), constant_values=1)
         return self._run(np.asarray(tokens, np.int64)[:, None], self.lengths[:, None] - 1)[:, -1]
@@ -219,12 +217,6 @@ class Bound:
         """The KV cache that a run has left, for the next. The binding lets go of the cache before it."""
         binding.clear_binding_inputs()
         return self.decoder.next_cache(dict(zip(self.decoder.outputs, binding.get_outputs(), strict=True)))
-
-
-def _mask(lengths: npt.NDArray[np.int64], width: int, *, right: bool) -> npt.NDArray[np.int64]:
-    columns = np.arange(width)[None]
-    mask = columns < lengths[:, None] if right else columns >= width - lengths[:, None]
-    return mask.astype(np.int64)
 
 
 def _in_dtype(array: Logits, kind: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
+
+from flora_export.weights import add_constant
 
 
 class Builder:
@@ -23,7 +24,4 @@ class Builder:
     def constant(self, name: str, values: int | float | list[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """An initializer by that name, made once for the graph."""
         initializers = self.model.graph.initializers
-        if name not in initializers:
-            tensor = ir.Tensor(np.array(values, dtype.numpy()), dtype=dtype, name=name)
-            initializers.add(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor))
-        return initializers[name]
+        return initializers[name] if name in initializers else add_constant(self.model, name, values, dtype)

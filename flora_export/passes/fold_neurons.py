@@ -17,7 +17,7 @@ from flora_export.branch import GATED, Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
 from flora_export.passes.hosts import Neurons, Projection, host_node, neurons, own_parts, same_function
-from flora_export.weights import Part, add_sizes, dims_of, widen, zeros
+from flora_export.weights import Part, add_constant, dims_of, widen, zeros
 
 
 class FoldNeurons(ir.passes.InPlacePass):
@@ -102,7 +102,7 @@ def _widen_split(model: ir.Model, split: ir.Node, branch: Branch) -> None:
     if old is None or old.const_value is None:
         raise FusionError(f"{branch.block}: the Split {split.name} of its packed projection has computed sizes")
     sizes = [int(size) + branch.columns for size in old.const_value.numpy()]
-    split.replace_input_with(1, add_sizes(model, f"{branch.block}.ffba_split.sizes", sizes))
+    split.replace_input_with(1, add_constant(model, f"{branch.block}.ffba_split.sizes", sizes))
 
 
 def _forget_shapes(host: Neurons) -> None:

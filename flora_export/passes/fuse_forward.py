@@ -17,7 +17,7 @@ from flora_export.branch import Branch
 from flora_export.errors import FusionError
 from flora_export.passes.attach import weight_name
 from flora_export.passes.hosts import host_node, own_parts
-from flora_export.weights import add_sizes, dims_of, widen
+from flora_export.weights import add_constant, dims_of, widen
 
 
 class FuseForward(ir.passes.InPlacePass):
@@ -56,7 +56,7 @@ def _fuse_one(model: ir.Model, branch: Branch) -> None:
     columns = dims_of(weight)[1]
     widen(weight, 1, [(columns, part) for node in adapters for part in own_parts(node)])
 
-    sizes = add_sizes(model, f"{branch.block}.ffba_split.sizes", [columns, *[branch.columns] * len(adapters)])
+    sizes = add_constant(model, f"{branch.block}.ffba_split.sizes", [columns, *[branch.columns] * len(adapters)])
     split = ir.node("Split", [product, sizes], attributes={"axis": -1}, num_outputs=1 + len(adapters), name=f"{branch.block}.ffba_split")
     # [batch, tokens, columns + n r] -> [batch, tokens, columns], n times [batch, tokens, r]
     for output, old in zip(split.outputs, [product, *(node.outputs[0] for node in adapters)], strict=True):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from flora_export.artifact import ENGINE, Artifact
+from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.backends.tensorrt.engine import logged
 from flora_export.backends.tensorrt.flavour import Flavour, load_flavour, machine_capability
 from flora_export.backends.tensorrt.plan import EnginePlan, engine_plan
@@ -98,17 +99,12 @@ class EngineDecoder:
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
         self.lengths = np.array([len(prompt) for prompt in prompts])
-        width = int(self.lengths.max())
-        columns = np.arange(width)[None]
-        mask = columns < self.lengths[:, None] if self.right else columns >= width - self.lengths[:, None]
-        ids = np.zeros((len(prompts), width), np.int64)
-        ids[mask] = np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])
-        self.mask = mask.astype(np.int64)
-        self._check(len(prompts), width, self.limits.prompt)
+        ids, mask = pad_prompts(prompts, right=self.right)
+        self.mask = mask
+        self._check(len(prompts), ids.shape[1], self.limits.prompt)
         self.cache = self._room(len(prompts), self.static)
-        positions = np.clip(np.cumsum(self.mask, axis=1) - 1, 0, None)
-        logits = self._call(ids, positions, PREFILL, past=0)
-        return [logits[row][mask[row]] for row in range(len(prompts))]
+        logits = self._call(ids, positions_of(mask), PREFILL, past=0)
+        return [logits[row][mask[row] == 1] for row in range(len(prompts))]
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Decode one token of each row. Returns logits [batch, vocabulary]."""

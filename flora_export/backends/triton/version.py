@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, open_artifact
+from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, link_or_copy, open_artifact
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config
 from flora_export.base_model import file_sha256
@@ -39,7 +38,7 @@ def write_version(
     if GENERATE in models:
         generate.mkdir(parents=True)
         for file in decoder.iterdir():
-            _link(file, generate / file.name)
+            link_or_copy(file, generate / file.name)
         for source, name in PROGRAM.items():
             shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
         (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
@@ -85,10 +84,3 @@ def _generate_warmup(directory: Path, version: int) -> Warmup:
     (directory / f"{version}.text_input").write_bytes(len(text).to_bytes(4, "little") + text)
     (directory / f"{version}.max_tokens").write_bytes((1).to_bytes(4, "little"))
     return Warmup({name: (f"{version}.{name}", [1]) for name in ("text_input", "max_tokens")}, {})
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no hard links
-        shutil.copyfile(source, target)
