@@ -1,0 +1,1 @@
+"""Fine-tunes and evaluates adapter methods at one budget of trainable parameters."""
