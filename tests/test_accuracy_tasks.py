@@ -19,7 +19,7 @@ from benchmarks.accuracy.tasks.dialogue_scenarios import SCENARIOS
 from benchmarks.accuracy.tasks.lexical import GROUPS, table
 from benchmarks.accuracy.tasks.make_lexical import WordNet, candidates, chosen
 
-COUNTS = {"arithmetic": (3000, 1000, 1000), "lexical": (2500, 350, 700), "dialogue": (3000, 1000, 1000)}
+COUNTS = {"arithmetic": (3000, 1000, 1000), "lexical": (2300, 310, 600), "dialogue": (3000, 1000, 1000)}
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 CLASSES = [name for names in GROUPS.values() for name in names]
 
@@ -51,8 +51,9 @@ def word(example: Example) -> str:
     return match[1].casefold()
 
 
-def summary(example: Example) -> str:
-    return example.answer
+def summary(example: Example) -> tuple[str, ...]:
+    """The words of the summary, whose persons may be swapped."""
+    return tuple(sorted(example.answer.split()))
 
 
 CONTENT: dict[str, Callable[[Example], object]] = {"arithmetic": literals, "lexical": word, "dialogue": summary}
@@ -66,7 +67,7 @@ def test_no_content_is_in_two_splits_whatever_the_seeds(task: str) -> None:
             content[split].update(map(CONTENT[task], examples))
     for one, other in combinations(SPLITS, 2):
         assert not content[one] & content[other], (one, other)
-    assert min(map(len, content.values())) > 300  # there is something to share
+    assert min(map(len, content.values())) >= 300  # there is something to share
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -102,6 +103,7 @@ def test_the_reference_scores_one_and_another_answer_less(task: str) -> None:
 
 def test_arithmetic_scores_the_stated_result() -> None:
     score, example = TASKS["arithmetic"].score, Example("", "\n12+7=19\n19-4=15\nAnswer: 15")
+    assert score("\n12+7=19\n19-4=15\nAnswer: 15\nQuestion: 1+1? Answer: 2", example) == 1
     assert score("Nonsense. Answer: 15 apples", example) == score("12 + 7 - 4 = 15", example) == 1
     assert score("\n12+7=19\n19-4=15\nAnswer: 14", example) == score("Fifteen.", example) == 0
 
@@ -181,7 +183,7 @@ class OneToken:
 
 
 def test_words_come_from_first_senses_below_one_class(tmp_path: Path) -> None:
-    """A small WordNet: kestrel is a bird; crane a bird and, in its second sense, a tool; hammer a tool; Plato a named individual."""
+    """Kestrel is a bird; crane a bird and, in its second sense, a tool; hammer a tool, mallet its synonym; Plato a named individual."""
     data = [
         *(
             "1 03 n 01 bird 0 000 | b",
@@ -191,16 +193,16 @@ def test_words_come_from_first_senses_below_one_class(tmp_path: Path) -> None:
         ),
         *(
             "5 06 n 01 crane 0 001 @ 2 n 0000 | c",
-            "6 06 n 02 hammer 0 big_hammer 0 001 @ 2 n 0000 | h",
+            "6 06 n 02 hammer 0 mallet 0 001 @ 2 n 0000 | h",
             "7 18 n 01 Plato 0 001 @i 1 n 0000 | p",
         ),
         *("8 05 n 01 robin 0 001 @ 3 n 0000 | r", "9 05 n 01 robin 0 000 | a thing of no class"),
     ]
-    senses = {"bird": "1", "tool": "2", "kestrel": "3", "crane": "4 5", "hammer": "6", "plato": "7", "robin": "9 8"}
+    senses = {"bird": "1", "tool": "2", "kestrel": "3", "crane": "4 5", "hammer": "6", "mallet": "6", "plato": "7", "robin": "9 8"}
     filler = [f"{100 + place} 03 n 01 x 0 000 | x" for place in range(len(CLASSES))]
     (tmp_path / "data.noun").write_text("\n".join(["  1 the licence", *data, *filler]) + "\n")
     (tmp_path / "index.noun").write_text("".join(f"{w} n {len(o.split())} 0 {len(o.split())} 0 {o}\n" for w, o in senses.items()))
-    (tmp_path / "cntlist.rev").write_text("kestrel%1:05:00:: 1 3\nkestrel%2:05:00:: 1 9\n")
+    (tmp_path / "cntlist.rev").write_text("kestrel%1:05:00:: 1 3\nkestrel%2:05:00:: 1 9\nhammer%1:06:00:: 1 1\n")
     wordnet = WordNet(tmp_path)
     assert wordnet.tags["kestrel"] == 3  # the noun's alone
     wordnet.anchors = lambda: {"1": "bird", "2": "tool"}  # type: ignore[method-assign]

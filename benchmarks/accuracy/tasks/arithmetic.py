@@ -89,8 +89,8 @@ def examples(split: str, count: int, seed: int) -> list[Example]:
 
 
 def score(text: str, example: Example) -> float:
-    """1.0 where the stated result is the right one: the number after "Answer:", else the last number."""
-    return float(result_of(text) == result_of(example.answer))
+    """1.0 where the stated result is the right one: the number after "Answer:", else the last number, before any further question."""
+    return float(result_of(text.partition("Question:")[0]) == result_of(example.answer))
 
 
 ARITHMETIC = Task("arithmetic", "arithmetic word problems", "exact", 48, examples, score)

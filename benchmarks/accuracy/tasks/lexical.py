@@ -1,10 +1,10 @@
 """Lexical knowledge, multiple choice: which of four everyday classes a noun belongs to ("A kestrel is a kind of" -> " bird").
 
 The words and their classes are lexical.tsv, which make_lexical.py derives from WordNet 3.0; its licence is in lexical.LICENSE. A word is
-there for its first sense, and only where none of its other senses is below another class. One choice at least is of the right one's
-broad group. It is no public benchmark: the classes were chosen by hand, and the words range from common to rare.
+there for its first sense, and only where none of its other senses is below another class; of synonyms, one is there. One choice at least
+is of the right one's broad group. It is no public benchmark: the classes were chosen by hand, and the words range from common to rare.
 
-The word decides the split; no word of the table begins or ends with another.
+The word decides the split, so that a synonym or a spelling of it is in no other; no word of the table begins or ends with another.
 """
 
 from __future__ import annotations

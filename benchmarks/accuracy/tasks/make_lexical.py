@@ -101,8 +101,15 @@ def candidates(wordnet: WordNet, tokenizer: Tokenizer) -> dict[str, list[str]]:
         tokens = len(tokenizer.encode(f" {word}", add_special_tokens=False).ids)
         if (individual and category not in NAMED) or plural or tokens > TOKENS_A_WORD:
             continue
-        ranked[category].append((-wordnet.tags[lemma], tokens, hashlib.sha256(word.encode()).hexdigest(), word))
-    return {category: [word for *_, word in sorted(entries)] for category, entries in ranked.items()}
+        ranked[category].append((-wordnet.tags[lemma], tokens, hashlib.sha256(word.encode()).hexdigest(), word, senses[0]))
+    best: dict[str, list[str]] = defaultdict(list)
+    seen = set()  # one word of a synset: theatre says what theater is
+    for category, entries in ranked.items():
+        for *_, word, synset in sorted(entries):
+            if synset not in seen:
+                best[category].append(word)
+            seen.add(synset)
+    return best
 
 
 def chosen(ranked: dict[str, list[str]]) -> dict[str, str]:
