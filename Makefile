@@ -10,7 +10,7 @@ LLAMA_CPP := $(VENV)/llama.cpp
 LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench readme-tables train cpp-dependencies clean
+.PHONY: demo serve test lint types bench accuracy readme-tables train cpp-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -53,6 +53,13 @@ bench: $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)
 	$(BIN)/python benchmarks/engines.py --base $(BASE)
+
+# FFBA beside LoRA at one budget: trains, scores, times, and writes the table and the plot. Under 45 minutes on two cores.
+# `PRESET=full` compares every method, on a GPU. What is in build/accuracy from a run that was interrupted is not done again.
+PRESET := small
+accuracy: $(BASE)
+	$(BIN)/python -m benchmarks.accuracy --base $(BASE) --preset $(PRESET)
+	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's measured section, from benchmarks/results/.
 readme-tables: $(VENV)/installed

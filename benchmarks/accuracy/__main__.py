@@ -1,0 +1,57 @@
+"""FFBA beside LoRA and its kin, at one budget of trainable parameters: accuracy on three families of tasks, and latency as deployed.
+
+    python -m benchmarks.accuracy --base models/smollm2                  # small: two CPU cores, under 45 minutes
+    python -m benchmarks.accuracy --base models/smollm2 --preset full    # every method, on a GPU
+
+First each method's learning rate is chosen, task by task, by the loss on validation examples; all methods have the same rates to choose
+from, the same steps, batches and training examples. Then each is trained with every seed at that rate, and judged by test examples, once.
+What was trained is kept in --work: a comparison that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.accuracy.experiment import experiment
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.presets import PRESETS
+from benchmarks.accuracy.report import markdown, plot, summarise
+from flora_export.verify.latency import environment
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.accuracy", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="SmolLM2 directory, from examples/00_get_smollm2.py")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--methods", help="these alone, with commas between them; base is always there")
+    parser.add_argument("--work", type=Path, default=Path("build/accuracy"), help="where runs are kept")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where accuracy-PRESET.json and its plot go")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset]
+    methods = tuple(dict.fromkeys(("base", *options.methods.split(",")))) if options.methods else preset.methods
+    if unknown := [name for name in methods if name not in METHODS]:
+        parser.error(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(METHODS)}")
+    started = time.perf_counter()
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
+        **experiment(preset, methods, options.base.resolve(), options.work),
+        "environment": environment(),
+    }
+    result["seconds"] = round(time.perf_counter() - started)
+    result["summary"] = summarise(result)
+    options.output.mkdir(parents=True, exist_ok=True)
+    place = options.output / f"accuracy-{options.preset}.json"
+    place.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result["summary"], place.with_suffix(".svg"))
+    print(markdown(result["summary"]))
+
+
+if __name__ == "__main__":
+    main()

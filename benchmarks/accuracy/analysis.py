@@ -1,0 +1,53 @@
+"""From scores to a table: means and spreads over seeds, and paired tests on the same test examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Scores = npt.NDArray[np.float64]  # [seeds, examples]
+RESAMPLES = 9999
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """Mean over all; the mean of each seed, and their standard deviation where there are several."""
+    seeds = scores.mean(axis=1)
+    return {
+        "mean": round(float(seeds.mean()), 4),
+        "seeds": [round(float(seed), 4) for seed in seeds],
+        "sd_over_seeds": round(float(seeds.std(ddof=1)), 4) if len(seeds) > 1 else None,
+    }
+
+
+def paired(ours: Scores, theirs: Scores) -> dict[str, float | list[float]]:
+    """Ours minus theirs, example by example, each the mean over its seeds.
+
+    Returns the mean difference, its 95 % interval (bootstrap over examples) and the two-sided p of a paired permutation test. They tell
+    of other test examples, not of other seeds: the spread over seeds stands beside them.
+    """
+    difference = ours.mean(axis=0) - theirs.mean(axis=0)
+    result: dict[str, float | list[float]] = {"difference": round(float(difference.mean()), 4)}
+    if not difference.any():
+        return result | {"interval": [0.0, 0.0], "p": 1.0}
+    rng = np.random.default_rng(0)
+    interval = stats.bootstrap((difference,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=rng).confidence_interval
+    test = stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=rng)
+    return result | {"interval": [round(float(interval.low), 4), round(float(interval.high), 4)], "p": round(float(test.pvalue), 4)}
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of the points (cost, value) that no other point beats on one side without losing on the other, cheapest first."""
+    front: list[str] = []
+    for name, (_, value) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if not front or value > points[front[-1]][1]:
+            front.append(name)
+    return front
+
+
+def score_matrix(records: Sequence[Mapping[str, Any]]) -> Scores:
+    """The scores of the runs of one method and task, a seed a row."""
+    return np.array([record["scores"] for record in sorted(records, key=lambda record: record["fit"]["seed"])], dtype=np.float64)

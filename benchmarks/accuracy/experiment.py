@@ -1,0 +1,70 @@
+"""The comparison: a learning rate for each method and task from the sweep, then every seed, then latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.latency import latency
+from benchmarks.accuracy.methods import METHODS, budget_of, fitted
+from benchmarks.accuracy.presets import Preset
+from benchmarks.accuracy.runs import ADAPTERS, Run, run_all
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.training import Fit
+
+
+def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -> dict[str, Any]:
+    """Train and judge; what is in `work` from an earlier call is not done again."""
+    budget = budget_of(base, preset.rank)
+    cells = [(method, task) for method in methods for task in TASKS]
+    trained = [cell for cell in cells if METHODS[cell[0]].trains]
+
+    def fit(method: str, task: str, rate: float, seed: int) -> Fit:
+        return Fit(method, task, rate, seed, preset.steps, preset.batch[task], budget)
+
+    sweep = run_all(
+        [
+            Run(fit(*cell, rate, preset.seeds[0]), validation=preset.validation[cell[1]])
+            for cell in trained
+            for rate in preset.learning_rates
+        ],
+        base,
+        work,
+        preset.workers,
+        preset.threads,
+    )
+    rates = best_rates(sweep)
+    finals = [
+        Run(fit(*cell, rates.get(cell, 0.0), seed), preset.validation[cell[1]], preset.test[cell[1]])
+        for cell in cells
+        for seed in (preset.seeds if cell in rates else preset.seeds[:1])  # the base is the same for every seed
+    ]
+    runs = run_all(finals, base, work, preset.workers, preset.threads)
+    first_task = next(iter(TASKS))
+    adapters = {
+        method: work / ADAPTERS / fit(method, first_task, rates[(method, first_task)], preset.seeds[0]).name
+        for method in methods
+        if METHODS[method].fuses
+    }
+    return {
+        "preset": asdict(preset) | {"methods": list(methods)},
+        "budget": budget,
+        "trainable": {method: fitted(METHODS[method], base, budget)[1] for method in methods if METHODS[method].config},
+        "sweep": sweep,
+        "learning_rates": {f"{method} {task}": rate for (method, task), rate in rates.items()},
+        "runs": runs,
+        "latency": latency(adapters, base, preset.rounds, preset.workers * preset.threads),
+    }
+
+
+def best_rates(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """The learning rate of each method and task with the lowest loss on validation."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for record in sweep:
+        fit = record["fit"]
+        found = record["validation_loss"], fit["learning_rate"]
+        cell = fit["method"], fit["task"]
+        best[cell] = min(best.get(cell, found), found)
+    return {cell: rate for cell, (_, rate) in best.items()}

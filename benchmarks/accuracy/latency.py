@@ -1,0 +1,33 @@
+"""What each method costs as it is deployed: `flora-export bench` on artifacts built, and verified, from the adapters just trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flora_export.bench import BenchOptions, bench
+from flora_export.pipeline import BuildOptions, build
+
+ARMS = ("base", "unfused", "fused", "lora-budget")
+
+
+def latency(adapters: Mapping[str, Path], base: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Time one adapter of each FFBA method beside the base, and beside an unmerged LoRA of as many trainable numbers.
+
+    A merged LoRA or DoRA is the base's graph with other numbers in it: it is the arm `base`. What is timed is the same for any numbers, so
+    one adapter stands for all of its shape. Returns the bench's result for each method.
+    """
+    return {method: _measure(adapter, base, rounds, threads) for method, adapter in adapters.items()}
+
+
+def _measure(adapter: Path, base: Path, rounds: int, threads: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="flora-export-accuracy-") as work:
+        artifact, _ = build(adapter, str(base), Path(work) / "out", BuildOptions(), _silent)
+        result = bench(artifact.path, str(base), BenchOptions(arms=ARMS, rounds=rounds, threads=threads), _silent)
+    return {key: value for key, value in result.items() if key not in ("command", "environment")}
+
+
+def _silent(what: str, done: int, of: int) -> None:
+    pass

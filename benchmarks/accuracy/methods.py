@@ -1,0 +1,115 @@
+"""The methods, as PEFT configures them, and the ranks at which all of them train as many numbers.
+
+PEFT's own defaults throughout, but for what a method needs to be itself; LoRA's alpha is twice its rank, as its authors' successors use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from flora_export.ffba import FFBAConfig
+
+MLP = r".*\.mlp\..*"  # the projections of an MLP, for a rank_pattern
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TOLERANCE = 0.02  # of the budget
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune. `config` takes the rank for attention and the one for MLPs; None: no adapter."""
+
+    label: str
+    config: Callable[[int, int], peft.PeftConfig] | None = None
+    trains_base: bool = False
+    rate: float = 1.0  # factor on the learning rates of the sweep: full fine-tuning needs far smaller steps
+    unmerged: str = ""  # the arm of `flora-export bench` as which it runs beside the base, switchable; empty: not measured
+    merges: bool = True  # into the base's weights, and then runs as the base; an FFBA adapter fuses instead
+
+    @property
+    def trains(self) -> bool:
+        return self.trains_base or self.config is not None
+
+    @property
+    def fuses(self) -> bool:
+        return self.unmerged == "fused"
+
+
+def _lora(**options: object) -> Callable[[int, int], peft.PeftConfig]:
+    settings = {"target_modules": "all-linear", **options}
+
+    def config(attention: int, mlp: int) -> peft.PeftConfig:
+        pattern, alphas = ({MLP: mlp}, {MLP: 2 * mlp}) if mlp != attention else ({}, {})
+        return peft.LoraConfig(
+            r=attention, lora_alpha=2 * attention, rank_pattern=pattern, alpha_pattern=alphas, task_type="CAUSAL_LM", **settings
+        )
+
+    return config
+
+
+def _delora(attention: int, mlp: int) -> peft.PeftConfig:
+    pattern = {MLP: mlp} if mlp != attention else {}
+    return peft.DeloraConfig(r=attention, rank_pattern=pattern, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _ffba(**options: object) -> Callable[[int, int], peft.PeftConfig]:
+    def config(attention: int, mlp: int) -> peft.PeftConfig:
+        pattern = {"mlp": mlp} if mlp != attention else {}
+        return FFBAConfig(r=attention, alpha=4.0 * attention, rank_pattern=pattern, task_type="CAUSAL_LM", **options)
+
+    return config
+
+
+METHODS = {
+    "base": Method("base model"),
+    "full": Method("full fine-tuning", trains_base=True, rate=0.02),
+    "lora": Method("LoRA, all linear", _lora(), unmerged="lora-budget"),
+    "lora-attention": Method("LoRA, attention only", _lora(target_modules=ATTENTION)),
+    "rslora": Method("rsLoRA", _lora(use_rslora=True), unmerged="lora-budget"),
+    "dora": Method("DoRA", _lora(use_dora=True)),
+    "delora": Method("DeLoRA", _delora),
+    "ffba": Method("FFBA, attention and MLP", _ffba(), unmerged="fused", merges=False),
+    "ffba-mlp": Method("FFBA, MLP only", _ffba(target_modules=["mlp"]), unmerged="fused", merges=False),
+    "ffba-identity": Method("FFBA, identity", _ffba(mlp_activation="identity"), unmerged="fused", merges=False),
+    "ffba-relu": Method("FFBA, ReLU", _ffba(attn_activation="relu", mlp_activation="relu"), unmerged="fused", merges=False),
+    "ffba-silu": Method("FFBA, SiLU", _ffba(attn_activation="silu", mlp_activation="silu"), unmerged="fused", merges=False),
+    "ffba-gelu": Method("FFBA, GELU", _ffba(attn_activation="gelu", mlp_activation="gelu"), unmerged="fused", merges=False),
+}
+
+
+def budget_of(base: Path, rank: int) -> int:
+    """The trainable numbers of LoRA on all linear projections at a rank: what every other method is given."""
+    config = METHODS["lora"].config
+    assert config is not None
+    return _trainable(AutoConfig.from_pretrained(base), config(rank, rank))
+
+
+def fitted(method: Method, base: Path, budget: int) -> tuple[peft.PeftConfig, int]:
+    """The method at the ranks whose trainable numbers come nearest to the budget, and how many those are.
+
+    One rank for all, where that meets the budget within 2 %; else the MLPs get one more, or one less, than attention.
+
+    Raises:
+        ValueError: no ranks meet the budget within 2 %.
+    """
+    assert method.config is not None
+    model, config = AutoConfig.from_pretrained(base), method.config
+    one, two = (_trainable(model, config(rank, rank)) for rank in (1, 2))
+    rank = max(1, round((budget - one) / (two - one)) + 1)
+    for ranks in ((rank, rank), (rank, rank + 1), (rank, max(1, rank - 1))):
+        count = _trainable(model, config(*ranks))
+        if abs(count / budget - 1) <= TOLERANCE:
+            return config(*ranks), count
+    raise ValueError(f"{method.label}: no rank near {rank} has {budget} trainable numbers within {TOLERANCE:.0%}; choose another budget")
+
+
+def _trainable(model: PreTrainedConfig, config: peft.PeftConfig) -> int:
+    """Trainable numbers of an adapter, counted beside one layer of random weights: every layer has as many."""
+    one = type(model).from_dict(model.to_dict() | {"num_hidden_layers": 1, "vocab_size": 8, "layer_types": None, "pad_token_id": None})
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_config(one), config)
+    count: int = adapted.get_nb_trainable_parameters()[0]
+    return count * int(model.num_hidden_layers)

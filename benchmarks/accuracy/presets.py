@@ -1,0 +1,52 @@
+"""How much is trained: the shape of the result in under 45 minutes on two cores, every method there, or all of it on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.accuracy.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Preset:
+    methods: tuple[str, ...]
+    learning_rates: tuple[float, ...]  # the sweep, on validation, with the first seed
+    seeds: tuple[int, ...]
+    steps: int
+    batch: dict[str, int]  # of each task: examples of lexical are a tenth as long as those of dialogue
+    validation: dict[str, int]
+    test: dict[str, int]
+    workers: int  # processes at a time
+    threads: int  # of each process
+    rounds: int  # of the latency benchmark
+    rank: int = 8  # of the LoRA that sets the budget
+
+
+SMALL = Preset(
+    methods=("base", "lora", "ffba"),
+    learning_rates=(2e-3, 4e-3),
+    seeds=(0, 1, 2),
+    steps=24,
+    batch={"arithmetic": 8, "lexical": 32, "dialogue": 8},
+    validation={"arithmetic": 40, "lexical": 200, "dialogue": 24},
+    test={"arithmetic": 100, "lexical": 400, "dialogue": 50},
+    workers=2,
+    threads=1,
+    rounds=60,
+)
+
+PRESETS = {
+    "small": SMALL,
+    "full": Preset(
+        methods=tuple(METHODS),
+        learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+        seeds=(0, 1, 2, 3, 4),
+        steps=300,
+        batch={"arithmetic": 16, "lexical": 8, "dialogue": 16},
+        validation={"arithmetic": 200, "lexical": 300, "dialogue": 200},
+        test={"arithmetic": 500, "lexical": 600, "dialogue": 500},
+        workers=4,
+        threads=4,
+        rounds=150,
+    ),
+}
