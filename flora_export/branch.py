@@ -4,7 +4,7 @@ An FFBA adapter runs beside a block (the `self_attn` or `mlp` module of a decode
 
     y = block(x) + s · B φ(A x)      A: [r, d]   B: [d, r]   s = alpha / r, or alpha / sqrt(r) with use_rslora
 
-`gated` is φ(x) = act(G x) ⊙ (A x) with G: [r, d] and the host MLP's own activation.
+`gated` is φ(x) = act(G x) ⊙ (A x) with G: [r, d] and the host MLP's own activation; its s is `gated_gain` times as large.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BLOCK_KINDS: dict[str, Kind] = {"self_attn": "attention", "mlp": "mlp"}
 FUSE_LEVELS = ("none", "forward", "backward", "both")
 
 GATED = "gated"
+GATED_GAIN = 4.0  # default: act(G x) ⊙ (A x) is small to the second order in its matrices, and a gated branch would learn late without it
 ACTIVATIONS: dict[Kind, tuple[str, ...]] = {
     "attention": ("identity", "relu", "silu", "gelu"),
     "mlp": ("identity", "relu", "silu", "gelu", GATED),
@@ -66,9 +67,9 @@ class Branch:
         return (width, self.rank) if matrix == "B" else (self.rank, width)
 
 
-def adapter_scale(alpha: float, rank: int, use_rslora: bool) -> float:
-    """s = alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
-    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+def adapter_scale(alpha: float, rank: int, use_rslora: bool, gain: float) -> float:
+    """s = alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), times the gain of a gated branch."""
+    return gain * (alpha / math.sqrt(rank) if use_rslora else alpha / rank)
 
 
 def rank_of(block: str, default: int, rank_pattern: Mapping[str, int]) -> int:

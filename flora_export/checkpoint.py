@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from flora_export.base_model import BaseModel, file_sha256, read_json
-from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, GATED, Branch, adapter_scale, rank_of
+from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, GATED, GATED_GAIN, Branch, adapter_scale, rank_of
 from flora_export.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -114,6 +114,8 @@ def read_config(path: Path) -> dict[str, Any]:
         refuse("r", "a rank is a whole number of at least 1")
     if not number(config.get("alpha")):
         refuse("alpha", "must be a finite number")
+    if not number(config.setdefault("gated_gain", GATED_GAIN)):
+        refuse("gated_gain", "must be a finite number")
     if not number(config.setdefault("dropout", 0.0)) or not 0 <= config["dropout"] < 1:
         refuse("dropout", "must be at least 0 and below 1")
     if not isinstance(config.setdefault("use_rslora", False), bool):
@@ -174,7 +176,8 @@ def _plan(path: Path, config: dict[str, Any], base: BaseModel, keys: Iterable[st
             if rank > base.width:
                 raise CheckpointError(f"{path / CONFIG}: rank {rank} of {block} is above the base model's width {base.width}")
             activation = config["attn_activation"] if kind == "attention" else config["mlp_activation"]
-            branches.append(Branch(block, kind, activation, rank, adapter_scale(config["alpha"], rank, config["use_rslora"])))
+            gain = config["gated_gain"] if activation == GATED else 1.0
+            branches.append(Branch(block, kind, activation, rank, adapter_scale(config["alpha"], rank, config["use_rslora"], gain)))
     if not branches:
         raise CheckpointError(
             f"{path / CONFIG}: target_modules {config['target_modules']!r} selects no block; expected {', '.join(BLOCK_KINDS)}"

@@ -63,7 +63,7 @@ def make_adapter(base: Path, directory: Path, seed: int = 1, **config: Any) -> P
     """Save a random adapter, B as random as A."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    defaults = {"r": 4, "alpha": 8.0, "init_ffba_weights": False, "task_type": "CAUSAL_LM"}
+    defaults = {"r": 4, "alpha": 8.0, "gated_gain": 1.0, "init_ffba_weights": False, "task_type": "CAUSAL_LM"}
     peft.get_peft_model(model, FFBAConfig(**(defaults | config))).save_pretrained(directory)
     return directory
 

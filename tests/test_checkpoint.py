@@ -80,6 +80,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"(": 3}}, "no regular expression"),
     ({"alpha": float("nan")}, "alpha is nan"),
     ({"alpha": "8"}, "alpha is '8'"),
+    ({"gated_gain": None}, "gated_gain is None"),
     ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
     ({"attn_activation": "gated"}, "attn_activation is 'gated'"),
     ({"mlp_activation": "swish"}, "mlp_activation is 'swish', but must be one of identity"),

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from flora_export.ffba import FFBAConfig, FFBALayer
+from flora_export.ffba.init import start_at_leading_directions
 from tests.families import VOCABULARY, WIDTH
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -36,7 +37,7 @@ def adapted(model: PreTrainedModel, **config: object) -> peft.PeftModel:
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu", "gelu", "gated"])
 def test_the_formula(model: PreTrainedModel, activation: str, rslora: bool) -> None:
     """y = block(x) + s · B φ(A x), written out by hand."""
-    peft_model = adapted(model, mlp_activation=activation, target_modules=["mlp"], use_rslora=rslora)
+    peft_model = adapted(model, mlp_activation=activation, target_modules=["mlp"], use_rslora=rslora, gated_gain=3.0)
     layer = peft_model.base_model.model.model.layers[0].mlp
     assert isinstance(layer, FFBALayer)
     x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(2))
@@ -49,7 +50,7 @@ def test_the_formula(model: PreTrainedModel, activation: str, rslora: bool) -> N
         z = gate * torch.sigmoid(gate) * z  # the host's own activation, SiLU
     elif activation != "identity":
         z = {"relu": torch.relu, "silu": nn.functional.silu, "gelu": nn.functional.gelu}[activation](z)
-    scale = 8.0 / math.sqrt(4) if rslora else 8.0 / 4
+    scale = (8.0 / math.sqrt(4) if rslora else 8.0 / 4) * (3.0 if activation == "gated" else 1.0)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + scale * (z @ b.T), rtol=0, atol=1e-6)
 
 
@@ -61,6 +62,36 @@ def test_a_new_adapter_is_silent_and_disabling_it_gives_the_base(model: PreTrain
     assert (loud(IDS).logits - before).abs().max() > 0.05
     with loud.disable_adapter():
         torch.testing.assert_close(loud(IDS).logits, before, rtol=0, atol=0)
+
+
+def test_forward_adapters_start_at_the_leading_directions_of_their_hosts(model: PreTrainedModel) -> None:
+    peft_model = adapted(model, init_ffba_weights=True)
+    layer = peft_model.base_model.model.model.layers[0]
+    for block, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.mlp, ("gate_proj", "up_proj"))):
+        host = torch.cat([getattr(block, name).weight for name in names])
+        leading = torch.linalg.svd(host).Vh[:8]
+        a = block.ffba_A["default"].weight
+        rows, expected = (a, leading[:4]) if block.kind == "attention" else (torch.cat([a, block.ffba_G["default"].weight]), leading)
+        torch.testing.assert_close((rows @ expected.T).abs(), torch.eye(len(rows)), rtol=0, atol=1e-3)  # but for their sign
+        torch.testing.assert_close(rows.gather(1, rows.abs().argmax(1, keepdim=True)), rows.abs().max(1, keepdim=True).values)
+        assert not block.ffba_B["default"].weight.any()
+
+
+def test_forward_adapters_wider_than_their_hosts_start_over(model: PreTrainedModel) -> None:
+    mlp = adapted(model, init_ffba_weights=True, r=WIDTH).base_model.model.model.layers[0].mlp
+    torch.testing.assert_close(mlp.ffba_A["default"].weight, mlp.ffba_G["default"].weight)
+
+
+def test_forward_adapters_can_start_at_random_and_do_where_no_host_is_known(model: PreTrainedModel) -> None:
+    mlp = adapted(model, init_ffba_weights="kaiming").base_model.model.model.layers[0].mlp
+    assert 0.9 / math.sqrt(WIDTH) < mlp.ffba_A["default"].weight.abs().max() <= 1 / math.sqrt(WIDTH)  # uniform, as LoRA's A
+    assert not mlp.ffba_B["default"].weight.any()
+    with pytest.raises(ValueError, match="init_ffba_weights is 'pissa', but must be True, 'kaiming' or False"):
+        FFBAConfig(init_ffba_weights="pissa")
+    odd = nn.ModuleDict({"w1": nn.Linear(8, 8)})
+    linear = nn.Linear(8, 2, bias=False)
+    with pytest.warns(UserWarning, match=r"layers.0.mlp \(ModuleDict\) has none of the projections gate_proj"):
+        start_at_leading_directions(odd, "mlp", "layers.0.mlp", linear, None)
 
 
 def test_save_and_load_are_exact(model: PreTrainedModel, base: Path, tmp_path: Path) -> None:

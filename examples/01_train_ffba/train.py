@@ -86,7 +86,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
     config = flora_export.ffba.FFBAConfig(
-        r=options.rank, alpha=4.0 * options.rank, target_modules=options.target_modules, task_type="CAUSAL_LM"
+        r=options.rank,
+        alpha=4.0 * options.rank,
+        target_modules=options.target_modules,
+        init_ffba_weights="kaiming",  # this and the next: what the adapters beside this file were made with, not what is best
+        gated_gain=1.0,
+        task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(base, config)
     model.print_trainable_parameters()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from flora_export.branch import ACTIVATIONS, BLOCK_KINDS
+from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, GATED_GAIN
 
 
 @dataclass
@@ -25,12 +25,15 @@ class FFBAConfig(PeftConfig):
         attn_activation: φ of attention branches: identity, relu, silu or gelu.
         mlp_activation: φ of MLP branches: the same, or `gated`, φ(x) = act(G x) ⊙ (A x) with a third matrix G: [r, d]
             and the host MLP's own activation; the host MLP must then be gated itself.
+        gated_gain: factor on s of `gated` branches, whose φ(x) is a product of two small numbers.
         rank_pattern: block name, or regular expression for its end -> rank, where it differs from r.
         layers_to_transform: indices of the layers that get branches; all where None.
         layers_pattern: name of the layer list, where it is not one of PEFT's usual ones.
         exclude_modules: block modules that get none although `target_modules` names them.
         modules_to_save: further modules to train and save. They can be trained, but not exported.
-        init_ffba_weights: True makes B zero, so that training starts from the base model. False draws B at random, for tests.
+        init_ffba_weights: True starts A and G at the leading directions of the block's own first projections (`ffba/init.py`), "kaiming" at
+            random numbers, as LoRA's A; B is zero in both, so that training starts from the base model. False draws all of them at random,
+            for tests.
 
     Raises:
         ValueError: a value is out of its range or unknown; the message names it.
@@ -45,12 +48,13 @@ class FFBAConfig(PeftConfig):
     )
     attn_activation: str = field(default="identity", metadata={"help": "activation of attention branches"})
     mlp_activation: str = field(default="gated", metadata={"help": "activation of MLP branches"})
+    gated_gain: float = field(default=GATED_GAIN, metadata={"help": "factor on s of gated branches"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "rank where it differs from r"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layer list"})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules left without a branch"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further modules to train and save"})
-    init_ffba_weights: bool = field(default=True, metadata={"help": "B starts at zero"})
+    init_ffba_weights: bool | str = field(default=True, metadata={"help": "True, 'kaiming', or False for a random B as well"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +68,8 @@ class FFBAConfig(PeftConfig):
                 raise ValueError(f"{name} is {rank!r}, but a rank is a whole number of at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout!r}, but must be at least 0 and below 1")
+        if self.init_ffba_weights not in (True, False, "kaiming"):
+            raise ValueError(f"init_ffba_weights is {self.init_ffba_weights!r}, but must be True, 'kaiming' or False")
         for name, kind, value in (
             ("attn_activation", ACTIVATIONS["attention"], self.attn_activation),
             ("mlp_activation", ACTIVATIONS["mlp"], self.mlp_activation),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flora_export.branch import GATED, Kind, adapter_scale
+from flora_export.ffba.init import kaiming, start_at_leading_directions
 
 _ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -58,12 +58,13 @@ class FFBALayer(nn.Module, BaseTunerLayer):
         rank: int,
         alpha: float,
         use_rslora: bool,
+        gated_gain: float,
         activation: str,
         dropout: float,
-        init_weights: bool,
+        init_weights: bool | str,
         inference_mode: bool,
     ) -> None:
-        """Add a branch.
+        """Add a branch. `init_weights` is the configuration's `init_ffba_weights`.
 
         Raises:
             ValueError: the rank is above the width, or `gated` is asked of an MLP that is not gated.
@@ -73,14 +74,17 @@ class FFBALayer(nn.Module, BaseTunerLayer):
         if activation == GATED:
             _host_activation(self.base_layer, self.block)
         self.ffba_rank[adapter_name] = rank
-        self.ffba_scale[adapter_name] = adapter_scale(alpha, rank, use_rslora)
+        self.ffba_scale[adapter_name] = adapter_scale(alpha, rank, use_rslora, gated_gain if activation == GATED else 1.0)
         self.ffba_activation[adapter_name] = activation
         self.ffba_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         host: Tensor = next(self.base_layer.parameters())
         self.ffba_A[adapter_name] = _linear(self.width, rank, host)
-        self.ffba_B[adapter_name] = _linear(rank, self.width, host, zero=init_weights)
+        self.ffba_B[adapter_name] = _linear(rank, self.width, host, zero=bool(init_weights))
         if activation == GATED:
             self.ffba_G[adapter_name] = _linear(self.width, rank, host)
+        if init_weights is True and not inference_mode and host.device.type != "meta":  # else a checkpoint's numbers come later
+            gate = self.ffba_G[adapter_name] if activation == GATED else None
+            start_at_leading_directions(self.base_layer, self.kind, self.block, self.ffba_A[adapter_name], gate)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,12 +133,12 @@ NOT_MERGEABLE = (
 
 
 def _linear(in_features: int, out_features: int, host: Tensor, zero: bool = False) -> nn.Linear:
-    """A projection beside its host, on its device and of its dtype: zero, or as LoRA draws its A (Kaiming uniform, a = sqrt 5)."""
+    """A projection beside its host, on its device and of its dtype: zero, or random as LoRA's A is."""
     linear = nn.Linear(in_features, out_features, bias=False)
     if zero:
         nn.init.zeros_(linear.weight)
     else:
-        nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
+        kaiming(linear)
     if linear.weight.device.type == "meta":  # PEFT's low_cpu_mem_usage: the numbers come later
         return linear
     return linear.to(device=host.device, dtype=host.dtype if host.is_floating_point() else torch.float32)

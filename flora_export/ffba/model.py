@@ -41,6 +41,7 @@ class FFBAModel(BaseTuner):
             rank=rank_of(current_key, peft_config.r, peft_config.rank_pattern),
             alpha=peft_config.alpha,
             use_rslora=peft_config.use_rslora,
+            gated_gain=peft_config.gated_gain,
             activation=peft_config.attn_activation if kind == "attention" else peft_config.mlp_activation,
             dropout=peft_config.dropout,
             init_weights=peft_config.init_ffba_weights,

@@ -1,0 +1,54 @@
+"""How A and G start: as the directions of x that the block's own first projections listen to most. B starts at zero.
+
+With W the first projections of the block, one above the other ([Wq; Wk; Wv], or [Wgate; Wup]), and W = U S V^T, the rows of A are the
+leading rows of V^T, and those of G the ones that follow. Measured against Kaiming's uniform numbers in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from flora_export.branch import Kind
+
+FIRST_PROJECTIONS: dict[Kind, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "mlp": ("gate_proj", "up_proj", "gate_up_proj", "c_fc"),
+}
+
+
+@torch.no_grad()
+def start_at_leading_directions(block: nn.Module, kind: Kind, name: str, a: nn.Linear, g: nn.Linear | None) -> None:
+    """Fill A: [r, d], and G: [r, d] of a gated branch. They stay as they are, with a warning, where the block has no such projections."""
+    modules = [module for key, module in block.named_children() if key in FIRST_PROJECTIONS[kind]]
+    if not modules:
+        warnings.warn(
+            f"{name} ({type(block).__name__}) has none of the projections {', '.join(FIRST_PROJECTIONS[kind])}: "
+            "its forward adapter starts from random numbers (init_ffba_weights='kaiming')",
+            stacklevel=2,
+        )
+        return
+    targets = [a] if g is None else [a, g]
+    weights = torch.cat([dequantize_module_weight(module).to(torch.float32) for module in modules])  # [outputs, d]
+    rows = leading_directions(weights, sum(target.out_features for target in targets))
+    for target, part in zip(targets, rows.split([target.out_features for target in targets]), strict=True):
+        target.weight.copy_(part)
+
+
+def leading_directions(weights: Tensor, count: int) -> Tensor:
+    """The `count` leading right singular vectors of W: [outputs, d], as unit rows [count, d], signed so that the largest entry is positive.
+
+    Exact, as eigenvectors of W^T W, since singular values of weights lie close together. Beyond the d that there are, they start over.
+    """
+    rows = torch.linalg.eigh(weights.T @ weights).eigenvectors.T.flip(0)  # eigenvalues come in ascending order
+    rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+    return rows[torch.arange(count, device=rows.device) % len(rows)]
+
+
+def kaiming(linear: nn.Linear) -> None:
+    """As LoRA draws its A: uniform, a = sqrt 5."""
+    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
