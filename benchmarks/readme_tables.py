@@ -26,9 +26,9 @@ def section() -> str:
     """The measured section, without its heading."""
     results = "benchmarks/results"
     examples = "examples/01_train_ffba"
-    files = [f"{results}/{name}.json" for name in ("decode", "build", "engines", "decode_mlp", "serve")]
+    files = [f"{results}/{name}.json" for name in ("decode", "build", "engines", "decode_mlp", "serve", "accuracy-small")]
     files += [f"{examples}/{adapter}/training.json" for adapter in ("adapter", "adapter_mlp")]
-    decode, build, engines, decode_mlp, serve, training, training_mlp = (json.loads((ROOT / file).read_text()) for file in files)
+    decode, build, engines, decode_mlp, serve, accuracy, training, training_mlp = (json.loads((ROOT / file).read_text()) for file in files)
     settings = decode["settings"]
     past, prompt, new = settings["past_tokens"][0], settings["prompt_tokens"][0], settings["new_tokens"]
     scores = f"{training['exact_before']:.2f} to {training['exact_after']:.2f}"
@@ -54,10 +54,11 @@ def section() -> str:
             *mlp_paragraph(decode_mlp, training_mlp),
         ],
         serve_paragraph(serve),
+        accuracy_paragraph(accuracy),
     ]
     head = f"| ratio to the base model (95 % interval) | decode, {past} past tokens | prefill, {prompt} tokens | {prompt} + {new} tokens |"
     table = [head, "| --- | --- | --- | --- |", *rows(decode)]
-    return "\n".join(table) + "\n\n" + "\n\n".join("\n".join(paragraph) for paragraph in paragraphs)
+    return "\n".join(table) + "\n\n" + "\n\n".join("\n".join(paragraph) for paragraph in [*paragraphs, accuracy["table"]])
 
 
 def rows(decode: dict[str, Any]) -> list[str]:
@@ -108,6 +109,24 @@ def serve_paragraph(serve: dict[str, Any]) -> list[str]:
         f"the first piece comes after {one['first_piece']['p50']:.2f} s (p99 {one['first_piece']['p99']:.2f} s)",
         f"and {most['first_piece']['p50']:.2f} s (p99 {most['first_piece']['p99']:.2f} s)",
         "([serve.json](benchmarks/results/serve.json)).",
+    ]
+
+
+def accuracy_paragraph(accuracy: dict[str, Any]) -> list[str]:
+    """What leads to the table of accuracy beside latency: how it was made, and whether FFBA wins."""
+    methods, preset = accuracy["summary"]["methods"], accuracy["preset"]
+    ours, lora = methods["ffba"], methods["lora"]
+    versus = {task: (row["difference"], *row["interval"]) for task, row in ours["against_lora"].items()}
+    fused, unmerged = ours["tpot"]["fused"][0], lora["tpot"]["unmerged"][0]
+    return [
+        "**Accuracy beside latency** at one budget of trainable parameters",
+        f"([accuracy-small.json](benchmarks/results/accuracy-small.json), {len(preset['seeds'])} seeds, mean and standard deviation;",
+        "[how, and what it means](docs/method.md)). Each method has",
+        f"{preset['steps']} steps on short generated tasks, so it tells how fast a method learns from few examples, not where it ends.",
+        f"FFBA's mean is above LoRA's on {sum(row[0] > 0 for row in versus.values())} of {len(versus)} tasks;",
+        "differences, with 95 % intervals:",
+        "; ".join(f"{task} {diff:+.3f} ({low:+.3f} to {high:+.3f})" for task, (diff, low, high) in versus.items()) + ".",
+        f"Its fused decode step takes {1 - fused / unmerged:.1%} less time than that of an unmerged LoRA of this budget.",
     ]
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers as tf
 
-from benchmarks.accuracy import training
 from benchmarks.accuracy.analysis import paired, pareto, summary
 from benchmarks.accuracy.experiment import best_rates, experiment
 from benchmarks.accuracy.methods import METHODS, TOLERANCE, budget_of, fitted
@@ -20,7 +19,7 @@ from benchmarks.accuracy.presets import PRESETS, Preset
 from benchmarks.accuracy.report import markdown, plot, summarise
 from benchmarks.accuracy.runs import RECORD
 from benchmarks.accuracy.scoring import scores
-from benchmarks.accuracy.tasks import TASKS, Example, Task
+from benchmarks.accuracy.tasks import TASKS, Example
 from benchmarks.accuracy.training import Fit, collate, encode, load_base, train
 
 TRAINED = [name for name, method in METHODS.items() if method.config]

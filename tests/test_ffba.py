@@ -91,7 +91,7 @@ def test_forward_adapters_can_start_at_random_and_do_where_no_host_is_known(mode
     odd = nn.ModuleDict({"w1": nn.Linear(8, 8)})
     linear = nn.Linear(8, 2, bias=False)
     with pytest.warns(UserWarning, match=r"layers.0.mlp \(ModuleDict\) has none of the projections gate_proj"):
-        start_at_leading_directions(odd, "mlp", "layers.0.mlp", linear, None)
+        start_at_leading_directions(odd, "mlp", "layers.0.mlp", [linear])
 
 
 def test_save_and_load_are_exact(model: PreTrainedModel, base: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_no_code_of_ours_is_needed(built: Path, base: Path, mlp_adapter: Path) -
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_matrices_are_neurons_and_zeros_fill_the_rest(family: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
-    adapter = make_adapter(bases(family), tmp_path / "adapter", **MIXED)
+    adapter = make_adapter(bases(family), tmp_path / "adapter", **MIXED, gated_gain=3.0)
     build(adapter, bases(family), tmp_path / "out", "--no-verify")
     file = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
     matrices, old = load_file(adapter / "adapter_model.safetensors"), load_file(bases(family) / "model.safetensors")
@@ -118,7 +118,7 @@ def test_matrices_are_neurons_and_zeros_fill_the_rest(family: str, bases: Callab
         for half, matrix in zip(halves, (g, a), strict=True):
             assert np.array_equal(half[NEURONS : NEURONS + rank], matrix)
             assert not half[NEURONS + rank :].any()
-        assert np.array_equal(down[:, NEURONS : NEURONS + rank], b * np.float32(8.0 / rank))
+        assert np.array_equal(down[:, NEURONS : NEURONS + rank], b * np.float32(3.0 * 8.0 / rank))
         assert not down[:, NEURONS + rank :].any()
         assert np.array_equal(down[:, :NEURONS], old[f"{prefix}down_proj.weight"])
     same = [name for name in old if ".mlp." not in name]

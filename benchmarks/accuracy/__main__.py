@@ -46,11 +46,12 @@ def main() -> None:
     }
     result["seconds"] = round(time.perf_counter() - started)
     result["summary"] = summarise(result)
+    result["table"] = markdown(result["summary"]).splitlines()
     options.output.mkdir(parents=True, exist_ok=True)
     place = options.output / f"accuracy-{options.preset}.json"
     place.write_text(json.dumps(result, indent=1) + "\n")
     plot(result["summary"], place.with_suffix(".svg"))
-    print(markdown(result["summary"]))
+    print("\n".join(result["table"]))
 
 
 if __name__ == "__main__":

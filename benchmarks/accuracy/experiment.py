@@ -55,7 +55,7 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
         "sweep": sweep,
         "learning_rates": {f"{method} {task}": rate for (method, task), rate in rates.items()},
         "runs": runs,
-        "latency": latency(adapters, base, preset.rounds, preset.workers * preset.threads),
+        "latency": latency(adapters, base, work, preset.rounds, preset.workers * preset.threads),
     }
 
 

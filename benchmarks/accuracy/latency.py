@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,19 @@ from flora_export.pipeline import BuildOptions, build
 ARMS = ("base", "unfused", "fused", "lora-budget")
 
 
-def latency(adapters: Mapping[str, Path], base: Path, rounds: int, threads: int) -> dict[str, Any]:
-    """Time one adapter of each FFBA method beside the base, and beside an unmerged LoRA of as many trainable numbers.
+def latency(adapters: Mapping[str, Path], base: Path, work: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Time one adapter of each FFBA method beside the base, and beside an unmerged LoRA of as many trainable numbers, on the CPU.
 
     A merged LoRA or DoRA is the base's graph with other numbers in it: it is the arm `base`. What is timed is the same for any numbers, so
-    one adapter stands for all of its shape. Returns the bench's result for each method.
+    one adapter stands for all of its shape. Returns the bench's result for each method, and keeps it in `work`.
     """
-    return {method: _measure(adapter, base, rounds, threads) for method, adapter in adapters.items()}
+    results = {}
+    for method, adapter in adapters.items():
+        kept = work / f"latency-{adapter.name}.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps(_measure(adapter, base, rounds, threads)))
+        results[method] = json.loads(kept.read_text())
+    return results
 
 
 def _measure(adapter: Path, base: Path, rounds: int, threads: int) -> dict[str, Any]:

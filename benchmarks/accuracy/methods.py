@@ -64,20 +64,26 @@ def _ffba(**options: object) -> Callable[[int, int], peft.PeftConfig]:
     return config
 
 
+def _beside(label: str, **options: object) -> Method:
+    return Method(label, _ffba(**options), unmerged="fused", merges=False)
+
+
 METHODS = {
     "base": Method("base model"),
     "full": Method("full fine-tuning", trains_base=True, rate=0.02),
     "lora": Method("LoRA, all linear", _lora(), unmerged="lora-budget"),
     "lora-attention": Method("LoRA, attention only", _lora(target_modules=ATTENTION)),
     "rslora": Method("rsLoRA", _lora(use_rslora=True), unmerged="lora-budget"),
+    "pissa": Method("LoRA from singular vectors (PiSSA)", _lora(init_lora_weights="pissa")),
     "dora": Method("DoRA", _lora(use_dora=True)),
     "delora": Method("DeLoRA", _delora),
-    "ffba": Method("FFBA, attention and MLP", _ffba(), unmerged="fused", merges=False),
-    "ffba-mlp": Method("FFBA, MLP only", _ffba(target_modules=["mlp"]), unmerged="fused", merges=False),
-    "ffba-identity": Method("FFBA, identity", _ffba(mlp_activation="identity"), unmerged="fused", merges=False),
-    "ffba-relu": Method("FFBA, ReLU", _ffba(attn_activation="relu", mlp_activation="relu"), unmerged="fused", merges=False),
-    "ffba-silu": Method("FFBA, SiLU", _ffba(attn_activation="silu", mlp_activation="silu"), unmerged="fused", merges=False),
-    "ffba-gelu": Method("FFBA, GELU", _ffba(attn_activation="gelu", mlp_activation="gelu"), unmerged="fused", merges=False),
+    "ffba": _beside("FFBA, attention and MLP"),
+    "ffba-random": _beside("FFBA, random start, one scale", init_ffba_weights="kaiming", gated_gain=1.0),
+    "ffba-mlp": _beside("FFBA, MLP only", target_modules=["mlp"]),
+    "ffba-identity": _beside("FFBA, identity", mlp_activation="identity"),
+    "ffba-relu": _beside("FFBA, ReLU", attn_activation="relu", mlp_activation="relu"),
+    "ffba-silu": _beside("FFBA, SiLU", attn_activation="silu", mlp_activation="silu"),
+    "ffba-gelu": _beside("FFBA, GELU", attn_activation="gelu", mlp_activation="gelu"),
 }
 
 

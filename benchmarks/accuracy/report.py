@@ -53,9 +53,7 @@ def _tpot(result: Mapping[str, Any], method: str) -> dict[str, list[float]]:
 
 def _points(methods: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Method and deployment -> (ratio of the decode step, mean score)."""
-    return {
-        f"{entry['label']}, {how}": (ratio[0], entry["mean"]) for entry in methods.values() for how, ratio in entry["tpot"].items()
-    }
+    return {f"{entry['label']}, {how}": (ratio[0], entry["mean"]) for entry in methods.values() for how, ratio in entry["tpot"].items()}
 
 
 def markdown(summary: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.accuracy.tasks import Example, Task
 
-BATCH = 50
+BATCH = {"cpu": 50, "cuda": 250}
 
 
 @torch.no_grad()
@@ -17,8 +17,9 @@ def scores(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example]) 
     """One score of 0 to 1 for each example, in order."""
     model.eval()
     answers: list[str] = []
-    for start in range(0, len(examples), BATCH):
-        part = examples[start : start + BATCH]
+    batch = BATCH[model.device.type]
+    for start in range(0, len(examples), batch):
+        part = examples[start : start + batch]
         prompts = [example.prompt for example in part]
         inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
         if task.max_new_tokens:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -22,8 +23,11 @@ FIRST_PROJECTIONS: dict[Kind, tuple[str, ...]] = {
 
 
 @torch.no_grad()
-def start_at_leading_directions(block: nn.Module, kind: Kind, name: str, a: nn.Linear, g: nn.Linear | None) -> None:
-    """Fill A: [r, d], and G: [r, d] of a gated branch. They stay as they are, with a warning, where the block has no such projections."""
+def start_at_leading_directions(block: nn.Module, kind: Kind, name: str, matrices: Sequence[nn.Module]) -> None:
+    """Fill the weights of A: [r, d], then of G: [r, d] of a gated branch.
+
+    They stay as they are, with a warning, where the block has no such projections.
+    """
     modules = [module for key, module in block.named_children() if key in FIRST_PROJECTIONS[kind]]
     if not modules:
         warnings.warn(
@@ -32,11 +36,12 @@ def start_at_leading_directions(block: nn.Module, kind: Kind, name: str, a: nn.L
             stacklevel=2,
         )
         return
-    targets = [a] if g is None else [a, g]
-    weights = torch.cat([dequantize_module_weight(module).to(torch.float32) for module in modules])  # [outputs, d]
-    rows = leading_directions(weights, sum(target.out_features for target in targets))
-    for target, part in zip(targets, rows.split([target.out_features for target in targets]), strict=True):
-        target.weight.copy_(part)
+    hosts = torch.cat([dequantize_module_weight(module).to(torch.float32) for module in modules])  # [outputs, d]
+    weights = [parameter for matrix in matrices for parameter in matrix.parameters()]
+    rows = leading_directions(hosts, sum(len(weight) for weight in weights))
+    for weight in weights:
+        weight.copy_(rows[: len(weight)])
+        rows = rows[len(weight) :]
 
 
 def leading_directions(weights: Tensor, count: int) -> Tensor:
@@ -44,9 +49,10 @@ def leading_directions(weights: Tensor, count: int) -> Tensor:
 
     Exact, as eigenvectors of W^T W, since singular values of weights lie close together. Beyond the d that there are, they start over.
     """
-    rows = torch.linalg.eigh(weights.T @ weights).eigenvectors.T.flip(0)  # eigenvalues come in ascending order
+    rows: Tensor = torch.linalg.eigh(weights.T @ weights).eigenvectors.T.flip(0)  # eigenvalues come in ascending order
     rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
-    return rows[torch.arange(count, device=rows.device) % len(rows)]
+    repeated: Tensor = rows[torch.arange(count, device=rows.device) % len(rows)]
+    return repeated
 
 
 def kaiming(linear: nn.Linear) -> None:

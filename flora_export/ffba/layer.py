@@ -83,8 +83,8 @@ class FFBALayer(nn.Module, BaseTunerLayer):
         if activation == GATED:
             self.ffba_G[adapter_name] = _linear(self.width, rank, host)
         if init_weights is True and not inference_mode and host.device.type != "meta":  # else a checkpoint's numbers come later
-            gate = self.ffba_G[adapter_name] if activation == GATED else None
-            start_at_leading_directions(self.base_layer, self.kind, self.block, self.ffba_A[adapter_name], gate)
+            forward = [self.ffba_A[adapter_name], *([self.ffba_G[adapter_name]] if activation == GATED else [])]
+            start_at_leading_directions(self.base_layer, self.kind, self.block, forward)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
