@@ -1,4 +1,4 @@
-"""Write the README's measured section from the files under benchmarks/results/.
+"""Write the measured sections of README.md and docs/method.md from the files under benchmarks/results/.
 
 python benchmarks/readme_tables.py
 """
@@ -59,6 +59,21 @@ def section() -> str:
     head = f"| ratio to the base model (95 % interval) | decode, {past} past tokens | prefill, {prompt} tokens | {prompt} + {new} tokens |"
     table = [head, "| --- | --- | --- | --- |", *rows(decode)]
     return "\n".join(table) + "\n\n" + "\n\n".join("\n".join(paragraph) for paragraph in [*paragraphs, accuracy["table"]])
+
+
+def method_section() -> str:
+    """The measured section of docs/method.md: accuracy beside latency."""
+    accuracy = json.loads((ROOT / "benchmarks/results/accuracy-small.json").read_text())
+    return "\n".join(
+        [
+            *accuracy["table"],
+            "",
+            f"Mean and standard deviation over {len(accuracy['preset']['seeds'])} seeds, {accuracy['preset']['steps']} steps",
+            "([accuracy-small.json](../benchmarks/results/accuracy-small.json)); merged, a LoRA or DoRA is the base's graph.",
+            "",
+            "![mean score against decode step](../benchmarks/results/accuracy-small.svg)",
+        ]
+    )
 
 
 def rows(decode: dict[str, Any]) -> list[str]:
@@ -134,11 +149,13 @@ def milliseconds(decode: dict[str, Any], arm: str, metric: str) -> float:
     return next(float(m["median_ms"]) for m in decode["measurements"] if (m["arm"], m["metric"], m["batch"]) == (arm, metric, 1))
 
 
+SECTIONS = {"README.md": section, "docs/method.md": method_section}
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(START)
-    readme.write_text(f"{head}{START}\n{section()}\n{END}{rest.split(END)[1]}")
+    for name, write in SECTIONS.items():
+        head, rest = (ROOT / name).read_text().split(START)
+        (ROOT / name).write_text(f"{head}{START}\n{write()}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from benchmarks.accuracy.analysis import paired, pareto, summary
 from benchmarks.accuracy.experiment import best_rates, experiment
 from benchmarks.accuracy.methods import METHODS, TOLERANCE, budget_of, fitted
 from benchmarks.accuracy.presets import PRESETS, Preset
-from benchmarks.accuracy.report import markdown, plot, summarise
+from benchmarks.accuracy.report import markdown, plot, summarise, sweep_table
 from benchmarks.accuracy.runs import RECORD
 from benchmarks.accuracy.scoring import scores
 from benchmarks.accuracy.tasks import TASKS, Example
@@ -157,6 +157,19 @@ def test_the_whole_comparison(tiny: Path, tmp_path: Path) -> None:
     json.dumps(table)
     plot(table, tmp_path / "plot.svg")
     assert "FFBA" in (tmp_path / "plot.svg").read_text()
+
+
+def test_a_sweep_alone(tiny: Path, tmp_path: Path) -> None:
+    preset = dataclasses.replace(TINY, methods=("ffba",), test={}, sweep_seeds=(0, 1))
+    result = experiment(preset, preset.methods, tiny, tmp_path)
+    assert "runs" not in result
+    assert len(result["sweep"]) == 2 * 3 * 2
+    cell = [run for run in result["sweep"] if run["fit"]["task"] == "lexical"]
+    means = {rate: np.mean([run["validation_loss"] for run in cell if run["fit"]["learning_rate"] == rate]) for rate in TINY.learning_rates}
+    best = min(means, key=lambda rate: means[rate])
+    assert result["learning_rates"]["ffba lexical"] == best
+    (row,) = sweep_table(result).splitlines()[2:]
+    assert f"{means[best]:.3f} (±" in row
 
 
 def same_cell(one: dict[str, Any], other: dict[str, Any]) -> bool:

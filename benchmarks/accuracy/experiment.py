@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.latency import latency
@@ -26,7 +27,8 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
 
     sweep = run_all(
         [
-            Run(fit(*cell, rate, preset.seeds[0]), validation=preset.validation[cell[1]])
+            Run(fit(*cell, rate, seed), validation=preset.validation[cell[1]])
+            for seed in preset.sweep_seeds
             for cell in trained
             for rate in preset.learning_rates
         ],
@@ -36,6 +38,15 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
         preset.threads,
     )
     rates = best_rates(sweep)
+    result = {
+        "preset": asdict(preset) | {"methods": list(methods)},
+        "budget": budget,
+        "trainable": {method: fitted(METHODS[method], base, budget)[1] for method in methods if METHODS[method].config},
+        "sweep": sweep,
+        "learning_rates": {f"{method} {task}": rate for (method, task), rate in rates.items()},
+    }
+    if not preset.test:
+        return result
     finals = [
         Run(fit(*cell, rates.get(cell, 0.0), seed), preset.validation[cell[1]], preset.test[cell[1]])
         for cell in cells
@@ -48,23 +59,21 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
         for method in methods
         if METHODS[method].fuses
     }
-    return {
-        "preset": asdict(preset) | {"methods": list(methods)},
-        "budget": budget,
-        "trainable": {method: fitted(METHODS[method], base, budget)[1] for method in methods if METHODS[method].config},
-        "sweep": sweep,
-        "learning_rates": {f"{method} {task}": rate for (method, task), rate in rates.items()},
-        "runs": runs,
-        "latency": latency(adapters, base, work, preset.rounds, preset.workers * preset.threads),
-    }
+    return result | {"runs": runs, "latency": latency(adapters, base, work, preset.rounds, preset.workers * preset.threads)}
 
 
 def best_rates(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """The learning rate of each method and task with the lowest loss on validation."""
-    best: dict[tuple[str, str], tuple[float, float]] = {}
+    """The learning rate of each method and task with the lowest loss on validation, the mean over the sweep's seeds."""
+    rates: dict[tuple[str, str], float] = {}
+    for cell, losses in validation_losses(sweep).items():
+        rates[cell] = min(losses, key=lambda rate: fmean(losses[rate]))
+    return rates
+
+
+def validation_losses(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[float, list[float]]]:
+    """(method, task) -> learning rate -> the loss on validation for each seed."""
+    losses: dict[tuple[str, str], dict[float, list[float]]] = {}
     for record in sweep:
         fit = record["fit"]
-        found = record["validation_loss"], fit["learning_rate"]
-        cell = fit["method"], fit["task"]
-        best[cell] = min(best.get(cell, found), found)
-    return {cell: rate for cell, (_, rate) in best.items()}
+        losses.setdefault((fit["method"], fit["task"]), {}).setdefault(fit["learning_rate"], []).append(record["validation_loss"])
+    return losses

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -64,11 +65,11 @@ def _ffba(**options: object) -> Callable[[int, int], peft.PeftConfig]:
     return config
 
 
-def _beside(label: str, **options: object) -> Method:
+def _beside(label: str, **options: Any) -> Method:
     return Method(label, _ffba(**options), unmerged="fused", merges=False)
 
 
-METHODS = {
+COMPARED = {
     "base": Method("base model"),
     "full": Method("full fine-tuning", trains_base=True, rate=0.02),
     "lora": Method("LoRA, all linear", _lora(), unmerged="lora-budget"),
@@ -78,13 +79,20 @@ METHODS = {
     "dora": Method("DoRA", _lora(use_dora=True)),
     "delora": Method("DeLoRA", _delora),
     "ffba": _beside("FFBA, attention and MLP"),
-    "ffba-random": _beside("FFBA, random start, one scale", init_ffba_weights="kaiming", gated_gain=1.0),
     "ffba-mlp": _beside("FFBA, MLP only", target_modules=["mlp"]),
     "ffba-identity": _beside("FFBA, identity", mlp_activation="identity"),
     "ffba-relu": _beside("FFBA, ReLU", attn_activation="relu", mlp_activation="relu"),
     "ffba-silu": _beside("FFBA, SiLU", attn_activation="silu", mlp_activation="silu"),
     "ffba-gelu": _beside("FFBA, GELU", attn_activation="gelu", mlp_activation="gelu"),
 }
+
+# FFBA's default with one thing changed, and with what it was before both.
+ABLATIONS = {
+    "ffba-random": _beside("FFBA, random start", init_ffba_weights="kaiming"),
+    "ffba-gain-1": _beside("FFBA, gated gain 1", gated_gain=1.0),
+    "ffba-random-gain-1": _beside("FFBA, random start, gated gain 1", init_ffba_weights="kaiming", gated_gain=1.0),
+}
+METHODS = COMPARED | ABLATIONS
 
 
 def budget_of(base: Path, rank: int) -> int:

@@ -1,30 +1,31 @@
-"""How much is trained: the shape of the result in under 45 minutes on two cores, every method there, or all of it on a GPU."""
+"""How much is trained: the shape of the result in under 45 minutes on two cores; what FFBA's defaults bring; all of it, on a GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.methods import ABLATIONS, COMPARED
 
 
 @dataclass(frozen=True)
 class Preset:
     methods: tuple[str, ...]
-    learning_rates: tuple[float, ...]  # the sweep, on validation, with the first seed
+    learning_rates: tuple[float, ...]  # the sweep, on validation
     seeds: tuple[int, ...]
     steps: int
     batch: dict[str, int]  # of each task: examples of lexical are a tenth as long as those of dialogue
     validation: dict[str, int]
-    test: dict[str, int]
+    test: dict[str, int]  # empty: the sweep is all
     workers: int  # processes at a time
     threads: int  # of each process
     rounds: int  # of the latency benchmark
     rank: int = 8  # of the LoRA that sets the budget
+    sweep_seeds: tuple[int, ...] = (0,)
 
 
 SMALL = Preset(
     methods=("base", "lora", "ffba"),
-    learning_rates=(2e-3, 4e-3),
+    learning_rates=(1e-3, 2e-3, 4e-3),
     seeds=(0, 1, 2),
     steps=40,
     batch={"arithmetic": 4, "lexical": 16, "dialogue": 4},
@@ -37,8 +38,11 @@ SMALL = Preset(
 
 PRESETS = {
     "small": SMALL,
+    "ablation": replace(
+        SMALL, methods=("lora", "ffba", *ABLATIONS, "ffba-mlp", "ffba-identity"), learning_rates=(2e-3, 4e-3), test={}, sweep_seeds=(0, 1)
+    ),
     "full": Preset(
-        methods=tuple(METHODS),
+        methods=tuple(COMPARED),
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
         seeds=(0, 1, 2),
         steps=200,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.analysis import paired, pareto, score_matrix, summary
+from benchmarks.accuracy.experiment import best_rates, validation_losses
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.tasks import TASKS
 
@@ -71,6 +72,21 @@ def markdown(summary: Mapping[str, Any]) -> str:
         cells.append(f"{entry['mean']:.3f}")
         cells.append(", ".join(f"{how} {ratio[0]:.3f}" for how, ratio in entry["tpot"].items()) or "-")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sweep_table(result: Mapping[str, Any]) -> str:
+    """A method a row: the loss on validation at the best rate of each task, mean over the seeds and, in brackets, the farthest from it."""
+    losses, rates = validation_losses(result["sweep"]), best_rates(result["sweep"])
+    lines = ["| method | " + " | ".join(TASKS) + " |", "| --- " * (len(TASKS) + 1) + "|"]
+    for method in result["preset"]["methods"]:
+        cells = []
+        for task in TASKS:
+            rate = rates[(method, task)]
+            found = losses[(method, task)][rate]
+            mean = float(np.mean(found))
+            cells.append(f"{mean:.3f} (± {max(abs(loss - mean) for loss in found):.3f}, rate {rate:g})")
+        lines.append(f"| {METHODS[method].label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
