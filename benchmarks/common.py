@@ -23,7 +23,7 @@ def random_adapter(base: Path, directory: Path, rank: int) -> Path:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = FFBAConfig(r=rank, alpha=float(rank), init_ffba_weights=False, task_type="CAUSAL_LM")
+    config = FFBAConfig(r=rank, alpha=float(rank), gated_gain=1.0, init_ffba_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(directory)
     return directory
 

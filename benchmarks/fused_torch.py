@@ -163,7 +163,7 @@ def make_arm(arm: str, base: nn.Module, rank: int) -> nn.Module:
         return fuse(make_arm("unfused", base, rank))
     config = {
         "lora": peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR, init_lora_weights=False),
-        "unfused": FFBAConfig(r=rank, alpha=float(rank), init_ffba_weights=False),
+        "unfused": FFBAConfig(r=rank, alpha=float(rank), gated_gain=1.0, init_ffba_weights=False),
     }[arm]
     torch.manual_seed(1)
     model: nn.Module = peft.get_peft_model(share_copy(base), config, autocast_adapter_dtype=False).get_base_model()

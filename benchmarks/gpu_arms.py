@@ -215,7 +215,7 @@ def why_no_onnxruntime(device: str) -> str | None:
 def save_sources(base: nn.Module, rank: int, work: Path) -> None:
     """The base model and a random adapter for it, as directories that flora_export reads."""
     base.save_pretrained(work / "model")
-    config = FFBAConfig(r=rank, alpha=float(rank), init_ffba_weights=False)
+    config = FFBAConfig(r=rank, alpha=float(rank), gated_gain=1.0, init_ffba_weights=False)
     adapted = peft.get_peft_model(share_copy(base), config, autocast_adapter_dtype=False)
     adapted.save_pretrained(work / "adapter", save_embedding_layers=False)
 

@@ -91,7 +91,7 @@ def test_fuse_leaves_its_argument_and_shares_what_it_does_not_widen() -> None:
 
 
 def test_scale_is_folded_in_fp32() -> None:
-    _, unfused = make_pair(torch.bfloat16, r=3, alpha=1.0)
+    _, unfused = make_pair(torch.bfloat16, r=3, alpha=1.0, gated_gain=1.0)
     b = unfused.model.layers[0].mlp.ffba_B["default"].weight
     assert b.dtype == torch.bfloat16
     found = fused_torch.fuse(unfused).model.layers[0].mlp.down_proj.weight[:, 96:]
