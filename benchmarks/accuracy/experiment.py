@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.latency import latency
-from benchmarks.accuracy.methods import METHODS, budget_of, fitted
+from benchmarks.accuracy.methods import METHODS, budget_of
 from benchmarks.accuracy.presets import Preset
 from benchmarks.accuracy.runs import ADAPTERS, Run, run_all
 from benchmarks.accuracy.tasks import TASKS
@@ -41,7 +41,7 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
     result = {
         "preset": asdict(preset) | {"methods": list(methods)},
         "budget": budget,
-        "trainable": {method: fitted(METHODS[method], base, budget)[1] for method in methods if METHODS[method].config},
+        "trainable": {record["fit"]["method"]: record["trainable"] for record in sweep if METHODS[record["fit"]["method"]].config},
         "sweep": sweep,
         "learning_rates": {f"{method} {task}": rate for (method, task), rate in rates.items()},
     }
