@@ -379,20 +379,26 @@ class Load:
     """Clients that ask all the time, and what they got: (version, text)."""
 
     def __init__(self, server: Server, clients: int = 4) -> None:
-        self.server, self.answers, self.stopped = server, list[tuple[int, str]](), False
+        self.server, self.timed, self.stopped = server, list[tuple[float, int, str]](), False  # when it was asked, version, text
         self.pool = ThreadPoolExecutor(clients)
         self.running = [self.pool.submit(self._ask) for _ in range(clients)]
 
     def _ask(self) -> None:
         while not self.stopped:
+            asked = time.monotonic()
             status, answer = post(self.server, {"text_input": QUESTION, "max_tokens": 8})
             assert status == 200, answer
-            self.answers.append((int(answer["model_version"]), answer["text_output"]))
+            self.timed.append((asked, int(answer["model_version"]), answer["text_output"]))
+
+    @property
+    def answers(self) -> list[tuple[int, str]]:
+        return [(version, text) for _, version, text in self.timed]
 
     def until(self, version: int) -> None:
-        """Wait until a client is answered by that version."""
-        end, seen = time.monotonic() + 60, len(self.answers)
-        while not any(v == version for v, _ in self.answers[seen:]):
+        """Wait until a client that asks from now on is answered by that version; an answer may come late from one that was live before."""
+        now = time.monotonic()
+        end = now + 60
+        while not any(v == version and asked > now for asked, v, _ in list(self.timed)):
             assert time.monotonic() < end, f"version {version} never answered"
             assert not any(job.done() for job in self.running), [job.exception() for job in self.running if job.done()]
             time.sleep(0.05)
@@ -427,16 +433,18 @@ def test_a_version_damaged_on_disk_is_not_loaded(server: Server, repo: Path, art
     weights.write_bytes(damaged)
     config = repo / "generate" / "config.pbtxt"
     text = config.read_text()
-    config.write_text((repo / "generate" / "2" / "config.pbtxt").read_text())
-    end = time.monotonic() + 60
-    log = repo.parent / "server.log"
-    while "model.onnx.data is not the file that was published" not in log.read_text(errors="replace"):
-        assert time.monotonic() < end
+    try:
+        config.write_text((repo / "generate" / "2" / "config.pbtxt").read_text())
+        end = time.monotonic() + 60
+        log = repo.parent / "server.log"
+        while "model.onnx.data is not the file that was published" not in log.read_text(errors="replace"):
+            assert time.monotonic() < end
+            assert ask(server, QUESTION, max_tokens=8) == expected(artifacts[0], QUESTION, 8)
+            time.sleep(0.2)
         assert ask(server, QUESTION, max_tokens=8) == expected(artifacts[0], QUESTION, 8)
-        time.sleep(0.2)
-    assert ask(server, QUESTION, max_tokens=8) == expected(artifacts[0], QUESTION, 8)
-    weights.write_bytes(whole)
-    config.write_text(text)
+    finally:
+        weights.write_bytes(whole)
+        config.write_text(text)
 
 
 def test_a_server_that_is_told_to_load(artifacts: list[Artifact], tmp_path: Path) -> None:
