@@ -51,9 +51,11 @@ def word(example: Example) -> str:
     return match[1].casefold()
 
 
-def summary(example: Example) -> tuple[str, ...]:
-    """The words of the summary, whose persons may be swapped."""
-    return tuple(sorted(example.answer.split()))
+def summary(example: Example) -> str:
+    """What is decided, whichever of the two who speak is who: the first name in it, and every other, have numbers."""
+    names = list(dict.fromkeys(re.findall(r"^(\w+):", example.prompt, re.MULTILINE)))
+    mentioned = sorted((name for name in names if name in example.answer), key=example.answer.index)
+    return " ".join(sorted(names)) + re.sub("|".join(mentioned) or "$^", lambda name: f"{mentioned.index(name[0])}", example.answer)
 
 
 CONTENT: dict[str, Callable[[Example], object]] = {"arithmetic": literals, "lexical": word, "dialogue": summary}

@@ -39,16 +39,21 @@ def run_all(runs: Sequence[Run], base: Path, work: Path, workers: int, threads: 
     started = time.perf_counter()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (threads,)) as pool:
         futures = [pool.submit(_run, run, base, work) for run in todo]
-        for done, future in enumerate(as_completed(futures), 1):
-            record = future.result()
-            minutes = (time.perf_counter() - started) / 60
-            print(f"{done}/{len(todo)} after {minutes:.1f} min: {_brief(record)}", file=sys.stderr, flush=True)
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                record = future.result()
+                minutes = (time.perf_counter() - started) / 60
+                print(f"{done}/{len(todo)} after {minutes:.1f} min: {_brief(record)}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the error now, not after all that waits
+            raise
     return [json.loads((work / run.name / RECORD).read_text()) for run in runs]
 
 
 def _start(threads: int) -> None:
-    """Set up a process."""
+    """Set up a process. It sees one GPU: with more, Trainer would multiply the batch by their number."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import torch
 
     torch.set_num_threads(threads)
@@ -57,6 +62,7 @@ def _start(threads: int) -> None:
 def _run(run: Run, base: Path, work: Path) -> dict[str, Any]:
     """Train, or load what an earlier run of the same fit has trained; judge; keep."""
     import peft
+    import torch
 
     from benchmarks.accuracy.methods import METHODS
     from benchmarks.accuracy.scoring import scores
@@ -82,6 +88,7 @@ def _run(run: Run, base: Path, work: Path) -> dict[str, Any]:
             (adapter / RECORD).write_text(json.dumps(trained))
     if run.test:
         task = TASKS[fit.task]
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         record["scores"] = [round(score, 4) for score in scores(model, tokenizer, task, task.examples("test", run.test, 0))]
     record["seconds"] = round(time.perf_counter() - started, 1)
     unfinished = place.with_name(place.name + ".part")

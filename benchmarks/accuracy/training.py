@@ -107,6 +107,7 @@ def train(fit: Fit, base: Path, validation: int) -> tuple[Any, Any, dict[str, An
         trainer.remove_callback(PrinterCallback)
         result = trainer.train()
         validation_loss = trainer.evaluate()["eval_loss"]
+        model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # tests are answered in fp32, by every model
     record = {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train_loss": result.training_loss,
