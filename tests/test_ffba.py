@@ -90,8 +90,23 @@ def test_forward_adapters_can_start_at_random_and_do_where_no_host_is_known(mode
         FFBAConfig(init_ffba_weights="pissa")
     odd = nn.ModuleDict({"w1": nn.Linear(8, 8)})
     linear = nn.Linear(8, 2, bias=False)
-    with pytest.warns(UserWarning, match=r"layers.0.mlp \(ModuleDict\) has none of the projections gate_proj"):
+    with pytest.warns(UserWarning, match=r"layers.0.mlp \(ModuleDict\): it has none of the projections gate_proj"):
         start_at_leading_directions(odd, "mlp", "layers.0.mlp", [linear])
+
+
+def test_a_base_whose_numbers_cannot_be_read_can_be_trained_beside(model: PreTrainedModel) -> None:
+    """8-bit floats have scales elsewhere, and some quantizers keep buffers alone: a random start, in numbers that can learn."""
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(model.model.layers[0].self_attn, projection).to(torch.float8_e4m3fn)
+        bare = nn.Module()
+        bare.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+        setattr(model.model.layers[1].self_attn, projection, bare)
+    with pytest.warns(UserWarning, match=r"self_attn .*: q_proj \(\w+\) has no weight that could be read as plain numbers") as said:
+        layers = adapted(model, init_ffba_weights=True, target_modules=["self_attn"]).base_model.model.model.layers
+    assert len([w for w in said if "plain numbers" in str(w.message)]) == 2
+    for layer in layers:
+        a = layer.self_attn.ffba_A["default"].weight
+        assert a.dtype == torch.float32 and a.requires_grad and a.abs().max() <= 1 / math.sqrt(WIDTH)
 
 
 def test_save_and_load_are_exact(model: PreTrainedModel, base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flora_export.branch import Kind
 
+TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FIRST_PROJECTIONS: dict[Kind, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "c_fc"),
@@ -26,22 +27,32 @@ FIRST_PROJECTIONS: dict[Kind, tuple[str, ...]] = {
 def start_at_leading_directions(block: nn.Module, kind: Kind, name: str, matrices: Sequence[nn.Module]) -> None:
     """Fill the weights of A: [r, d], then of G: [r, d] of a gated branch.
 
-    They stay as they are, with a warning, where the block has no such projections.
+    They stay as they are, with a warning, where the block has no such projections, or quantized ones that PEFT cannot read.
     """
-    modules = [module for key, module in block.named_children() if key in FIRST_PROJECTIONS[kind]]
-    if not modules:
+    modules = {key: module for key, module in block.named_children() if key in FIRST_PROJECTIONS[kind]}
+    try:
+        if not modules:
+            raise TypeError(f"it has none of the projections {', '.join(FIRST_PROJECTIONS[kind])}")
+        hosts = torch.cat([_weight(key, module) for key, module in modules.items()])  # [outputs, d]
+    except TypeError as error:
         warnings.warn(
-            f"{name} ({type(block).__name__}) has none of the projections {', '.join(FIRST_PROJECTIONS[kind])}: "
-            "its forward adapter starts from random numbers (init_ffba_weights='kaiming')",
+            f"{name} ({type(block).__name__}): {error}; its forward adapter starts from random numbers (init_ffba_weights='kaiming')",
             stacklevel=2,
         )
         return
-    hosts = torch.cat([dequantize_module_weight(module).to(torch.float32) for module in modules])  # [outputs, d]
     weights = [parameter for matrix in matrices for parameter in matrix.parameters()]
     rows = leading_directions(hosts, sum(len(weight) for weight in weights))
     for weight in weights:
         weight.copy_(rows[: len(weight)])
         rows = rows[len(weight) :]
+
+
+def _weight(name: str, module: nn.Module) -> Tensor:
+    """A projection's weight [outputs, d] in fp32. Raises TypeError: it is quantized in a way that PEFT does not undo."""
+    weight = dequantize_module_weight(module) if hasattr(module, "weight") else None
+    if weight is None or weight.dtype not in TRAINABLE:  # 8-bit floats have scales that lie elsewhere
+        raise TypeError(f"{name} ({type(module).__name__}) has no weight that could be read as plain numbers")
+    return weight.to(torch.float32)
 
 
 def leading_directions(weights: Tensor, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flora_export.branch import GATED, Kind, adapter_scale
-from flora_export.ffba.init import kaiming, start_at_leading_directions
+from flora_export.ffba.init import TRAINABLE, kaiming, start_at_leading_directions
 
 _ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -77,7 +78,7 @@ class FFBALayer(nn.Module, BaseTunerLayer):
         self.ffba_scale[adapter_name] = adapter_scale(alpha, rank, use_rslora, gated_gain if activation == GATED else 1.0)
         self.ffba_activation[adapter_name] = activation
         self.ffba_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        host: Tensor = next(self.base_layer.parameters())
+        host: Tensor = next(itertools.chain(self.base_layer.parameters(), self.base_layer.buffers()))  # some quantizers keep buffers alone
         self.ffba_A[adapter_name] = _linear(self.width, rank, host)
         self.ffba_B[adapter_name] = _linear(rank, self.width, host, zero=bool(init_weights))
         if activation == GATED:
@@ -141,7 +142,7 @@ def _linear(in_features: int, out_features: int, host: Tensor, zero: bool = Fals
         kaiming(linear)
     if linear.weight.device.type == "meta":  # PEFT's low_cpu_mem_usage: the numbers come later
         return linear
-    return linear.to(device=host.device, dtype=host.dtype if host.is_floating_point() else torch.float32)
+    return linear.to(device=host.device, dtype=host.dtype if host.dtype in TRAINABLE else torch.float32)
 
 
 def _host_activation(mlp: nn.Module, block: str) -> Callable[[Tensor], Tensor]:
