@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers as tf
 
 from benchmarks.accuracy.analysis import paired, pareto, summary
 from benchmarks.accuracy.experiment import best_rates, experiment
+from benchmarks.accuracy.kept import FILE, claim
 from benchmarks.accuracy.methods import METHODS, TOLERANCE, budget_of, fitted
 from benchmarks.accuracy.presets import PRESETS, Preset
 from benchmarks.accuracy.report import markdown, plot, summarise, sweep_table
@@ -174,3 +176,17 @@ def test_a_sweep_alone(tiny: Path, tmp_path: Path) -> None:
 
 def same_cell(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return (one["method"], one["task"]) == (other["method"], other["task"])
+
+
+def test_runs_of_another_base_or_program_are_not_taken(tiny: Path, tmp_path: Path) -> None:
+    """Else a changed method, or another model of the same shape, would be shown with the numbers of the old one."""
+    work = tmp_path / "work"
+    assert claim(work, tiny) == claim(work, tiny) == json.loads((work / FILE).read_text())
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(ValueError, match=r"work holds runs made with another base: remove it, or choose another directory by --work"):
+        claim(work, other)
+    (work / FILE).write_text(json.dumps(claim(work, tiny) | {"code": "0", "device": "abacus"}))
+    with pytest.raises(ValueError, match="another device and code"):
+        claim(work, tiny)

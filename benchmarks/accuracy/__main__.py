@@ -17,8 +17,10 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.accuracy.experiment import experiment
+from benchmarks.accuracy.kept import claim
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.presets import PRESETS
 from benchmarks.accuracy.report import markdown, plot, summarise, sweep_table
@@ -39,15 +41,22 @@ def main() -> None:
     methods = tuple(dict.fromkeys([*preset.methods[:1], *options.methods.split(",")])) if options.methods else preset.methods
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(METHODS)}")
+    try:
+        made_with = claim(options.work, options.base)
+    except ValueError as error:
+        parser.error(str(error))
     started = time.perf_counter()
-    result = {
+    result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
         **experiment(preset, methods, options.base.resolve(), options.work),
+        "made_with": made_with,
         "environment": environment(),
     }
-    result["seconds"] = round(time.perf_counter() - started)
+    result["seconds"] = round(time.perf_counter() - started)  # of this call: less than all where runs were kept
+    result["process_seconds"] = round(sum(record["seconds"] for record in [*result["sweep"], *result.get("runs", [])]))
     options.output.mkdir(parents=True, exist_ok=True)
-    place = options.output / f"accuracy-{options.preset}.json"
+    chosen = methods if options.methods else ()  # a part of the table leaves the whole one alone
+    place = options.output / f"{'-'.join(('accuracy', options.preset, *chosen))}.json"
     if preset.test:
         result["summary"] = summarise(result)
         result["table"] = markdown(result["summary"]).splitlines()

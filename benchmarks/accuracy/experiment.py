@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,9 +42,9 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
     result = {
         "preset": asdict(preset) | {"methods": list(methods)},
         "budget": budget,
-        "trainable": {record["fit"]["method"]: record["trainable"] for record in sweep if METHODS[record["fit"]["method"]].config},
+        "trainable": {record["fit"]["method"]: record["trainable"] for record in sweep},
         "sweep": sweep,
-        "learning_rates": {f"{method} {task}": rate for (method, task), rate in rates.items()},
+        "learning_rates": {f"{method} {task}": rate * METHODS[method].rate for (method, task), rate in rates.items()},
     }
     if not preset.test:
         return result
@@ -59,7 +60,8 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
         for method in methods
         if METHODS[method].fuses
     }
-    return result | {"runs": runs, "latency": latency(adapters, base, work, preset.rounds, preset.workers * preset.threads)}
+    threads = min(os.cpu_count() or 1, preset.workers * preset.threads)
+    return result | {"runs": runs, "latency": latency(adapters, base, work, preset.rounds, threads)}
 
 
 def best_rates(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:

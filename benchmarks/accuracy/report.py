@@ -61,7 +61,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """A method a row: its scores, mean and standard deviation over seeds, and what a decode step costs."""
     names = [f"{task.family} ({task.metric})" for task in TASKS.values()]
     lines = [
-        "| method | trainable | " + " | ".join(names) + " | mean | decode step, ratio to base |",
+        "| method | trainable | " + " | ".join(names) + " | mean | decode step on the CPU, ratio to base |",
         "| --- " * (len(names) + 4) + "|",
     ]
     for entry in summary["methods"].values():
@@ -105,7 +105,7 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
         axes.annotate(name, (cost, score), textcoords="offset points", xytext=(6, 4), fontsize=8)
     front = [points[name] for name in summary["pareto"]]
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color="tab:green", linewidth=1, alpha=0.6, label="Pareto front")
-    axes.set_xlabel("decode step (TPOT), ratio to the base model's")
+    axes.set_xlabel("decode step (TPOT) in ONNX Runtime on the CPU, ratio to the base model's")
     axes.set_ylabel("mean score of the three tasks, on test examples")
     axes.margins(x=0.3, y=0.15)
     axes.legend(loc="lower right", frameon=False)

@@ -49,7 +49,7 @@ def start_at_leading_directions(block: nn.Module, kind: Kind, name: str, matrice
 
 def _weight(name: str, module: nn.Module) -> Tensor:
     """A projection's weight [outputs, d] in fp32. Raises TypeError: it is quantized in a way that PEFT does not undo."""
-    weight = dequantize_module_weight(module) if hasattr(module, "weight") else None
+    weight: Tensor | None = dequantize_module_weight(module) if hasattr(module, "weight") else None
     if weight is None or weight.dtype not in TRAINABLE:  # 8-bit floats have scales that lie elsewhere
         raise TypeError(f"{name} ({type(module).__name__}) has no weight that could be read as plain numbers")
     return weight.to(torch.float32)

@@ -1,0 +1,50 @@
+"""What kept runs were made with. A directory of runs takes no others: numbers of two programs or two models would stand in one table."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from flora_export.base_model import file_sha256
+
+FILE = "made_with.json"
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = ("torch", "transformers", "peft")
+SOURCES = (  # what a run's numbers come from; not what counts and draws them
+    *("benchmarks/accuracy/methods.py", "benchmarks/accuracy/training.py", "benchmarks/accuracy/scoring.py"),
+    *("benchmarks/accuracy/tasks/*.py", "benchmarks/accuracy/tasks/*.tsv", "flora_export/branch.py", "flora_export/ffba/*.py"),
+)
+
+
+def made_with(base: Path) -> dict[str, Any]:
+    """The base model, the versions, the device, and a hash of the code and data that decide a run's numbers."""
+    import torch
+
+    code = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
+        code.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
+    return {
+        "base": {file.name: file_sha256(file) for file in [*sorted(base.glob("*.safetensors")), base / "config.json"]},
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "code": code.hexdigest(),
+    }
+
+
+def claim(work: Path, base: Path) -> dict[str, Any]:
+    """Take a directory for runs of this program and base. Returns what they are made with.
+
+    Raises:
+        ValueError: it holds runs that were made with something else.
+    """
+    now, place = made_with(base), work / FILE
+    if not place.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(now, indent=1))
+    then = json.loads(place.read_text())
+    if differ := [key for key in now if then.get(key) != now[key]]:
+        raise ValueError(f"{work} holds runs made with another {' and '.join(differ)}: remove it, or choose another directory by --work")
+    return now
