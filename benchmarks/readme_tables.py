@@ -20,6 +20,7 @@ ARMS = {
     "eager": "FFBA unfused in eager PyTorch",
 }
 METRICS = ("tpot", "ttft", "total")
+ACCURACY = ("small", "ablation", "trials")
 
 
 def section() -> str:
@@ -62,18 +63,43 @@ def section() -> str:
 
 
 def method_section() -> str:
-    """The measured section of docs/method.md: accuracy beside latency."""
-    accuracy = json.loads((ROOT / "benchmarks/results/accuracy-small.json").read_text())
+    """The measured section of docs/method.md: accuracy beside latency, what FFBA's defaults bring, and what was tried before."""
+    small, ablation, trials = (json.loads((ROOT / f"benchmarks/results/accuracy-{name}.json").read_text()) for name in ACCURACY)
+    seeds = len(ablation["preset"]["sweep_seeds"])
     return "\n".join(
         [
-            *accuracy["table"],
+            *small["table"],
             "",
-            f"Mean and standard deviation over {len(accuracy['preset']['seeds'])} seeds, {accuracy['preset']['steps']} steps",
+            f"Mean and standard deviation over {len(small['preset']['seeds'])} seeds, {small['preset']['steps']} steps",
             "([accuracy-small.json](../benchmarks/results/accuracy-small.json)); merged, a LoRA or DoRA is the base's graph.",
+            "Learning rates chosen from " + ", ".join(f"{rate:g}" for rate in small["preset"]["learning_rates"]) + ":",
+            ", ".join(f"{method} {rate:g}" for method, rate in small["learning_rates"].items()) + ".",
             "",
             "![mean score against decode step](../benchmarks/results/accuracy-small.svg)",
+            "",
+            "What FFBA's defaults bring, and FFBA's other forms: loss on validation in nats per answer token, at the best rate of",
+            ", ".join(f"{rate:g}" for rate in ablation["preset"]["learning_rates"]) + f", {seeds} seed{'s'[: seeds - 1]}",
+            "([accuracy-ablation.json](../benchmarks/results/accuracy-ablation.json)):",
+            "",
+            *ablation["table"],
+            "",
+            "What was tried before the defaults were chosen: loss on validation at rate 2e-3, one seed, by a script that was not kept",
+            "([accuracy-trials.json](../benchmarks/results/accuracy-trials.json)): leads, not results.",
+            "",
+            *trial_rows(trials["trials"]),
         ]
     )
+
+
+def trial_rows(trials: list[dict[str, Any]]) -> list[str]:
+    """A method a row, if it was tried on both tasks."""
+    found = {(t["method"], t["task"]): t["validation_loss"] for t in trials if t["learning_rate"] == 2e-3 and t["seed"] == 0}
+    tasks = ("arithmetic", "lexical")
+    lines = ["| tried | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
+    for method in dict.fromkeys(t["method"] for t in trials):
+        if all((method, task) in found for task in tasks):
+            lines.append(f"| {method} | " + " | ".join(f"{found[(method, task)]:.3f}" for task in tasks) + " |")
+    return lines
 
 
 def rows(decode: dict[str, Any]) -> list[str]:
@@ -131,7 +157,7 @@ def accuracy_paragraph(accuracy: dict[str, Any]) -> list[str]:
     """What leads to the table of accuracy beside latency: how it was made, and whether FFBA wins."""
     methods, preset = accuracy["summary"]["methods"], accuracy["preset"]
     ours, lora = methods["ffba"], methods["lora"]
-    versus = {task: (row["difference"], *row["interval"]) for task, row in ours["against_lora"].items()}
+    versus = {task: (row["difference"], *row["interval"], row["p"]) for task, row in ours["against_lora"].items()}
     fused, unmerged = ours["tpot"]["fused"][0], lora["tpot"]["unmerged"][0]
     return [
         "**Accuracy beside latency** at one budget of trainable parameters",
@@ -139,8 +165,8 @@ def accuracy_paragraph(accuracy: dict[str, Any]) -> list[str]:
         "[how, and what it means](docs/method.md)). Each method has",
         f"{preset['steps']} steps on short generated tasks, so it tells how fast a method learns from few examples, not where it ends.",
         f"FFBA's mean is above LoRA's on {sum(row[0] > 0 for row in versus.values())} of {len(versus)} tasks;",
-        "differences, with 95 % intervals:",
-        "; ".join(f"{task} {diff:+.3f} ({low:+.3f} to {high:+.3f})" for task, (diff, low, high) in versus.items()) + ".",
+        "differences, with 95 % intervals over test examples and p of a paired permutation test:",
+        "; ".join(f"{task} {diff:+.3f} ({low:+.3f} to {high:+.3f}, p {p:.2g})" for task, (diff, low, high, p) in versus.items()) + ".",
         f"Its fused decode step takes {1 - fused / unmerged:.1%} less time than that of an unmerged LoRA of this budget.",
     ]
 

@@ -171,7 +171,7 @@ def test_a_sweep_alone(tiny: Path, tmp_path: Path) -> None:
     best = min(means, key=lambda rate: means[rate])
     assert result["learning_rates"]["ffba lexical"] == best
     (row,) = sweep_table(result).splitlines()[2:]
-    assert f"{means[best]:.3f} (±" in row
+    assert f"{means[best]:.3f} ± " in row
 
 
 def same_cell(one: dict[str, Any], other: dict[str, Any]) -> bool:

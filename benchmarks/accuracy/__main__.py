@@ -15,7 +15,6 @@ import argparse
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,13 @@ def main() -> None:
         made_with = claim(options.work, options.base)
     except ValueError as error:
         parser.error(str(error))
-    started = time.perf_counter()
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
         **experiment(preset, methods, options.base.resolve(), options.work),
         "made_with": made_with,
         "environment": environment(),
     }
-    result["seconds"] = round(time.perf_counter() - started)  # of this call: less than all where runs were kept
-    result["process_seconds"] = round(sum(record["seconds"] for record in [*result["sweep"], *result.get("runs", [])]))
+    result["process_seconds"] = round(sum(record["seconds"] for record in [*result["sweep"], *result.get("runs", [])]))  # kept runs too
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = methods if options.methods else ()  # a part of the table leaves the whole one alone
     place = options.output / f"{'-'.join(('accuracy', options.preset, *chosen))}.json"

@@ -76,7 +76,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def sweep_table(result: Mapping[str, Any]) -> str:
-    """A method a row: the loss on validation at the best rate of each task, mean over the seeds and, in brackets, the farthest from it."""
+    """A method a row: the loss on validation at the best rate of each task; with several seeds their mean, and the farthest from it."""
     losses, rates = validation_losses(result["sweep"]), best_rates(result["sweep"])
     lines = ["| method | " + " | ".join(TASKS) + " |", "| --- " * (len(TASKS) + 1) + "|"]
     for method in result["preset"]["methods"]:
@@ -85,7 +85,8 @@ def sweep_table(result: Mapping[str, Any]) -> str:
             rate = rates[(method, task)]
             found = losses[(method, task)][rate]
             mean = float(np.mean(found))
-            cells.append(f"{mean:.3f} (± {max(abs(loss - mean) for loss in found):.3f}, rate {rate:g})")
+            spread = f" ± {max(abs(loss - mean) for loss in found):.3f}" if len(found) > 1 else ""
+            cells.append(f"{mean:.3f}{spread} (rate {rate:g})")
         lines.append(f"| {METHODS[method].label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
