@@ -83,7 +83,7 @@ def method_section() -> str:
             *more["table"],
             "",
             "What FFBA's defaults bring, and FFBA's other forms: loss on validation in nats per answer token, at the best rate of",
-            ", ".join(f"{rate:g}" for rate in ablation["preset"]["learning_rates"]) + f", {seeds} seed{'s'[: seeds - 1]}",
+            ", ".join(f"{rate:g}" for rate in ablation["preset"]["learning_rates"]) + f", {seeds} seed{'s' if seeds > 1 else ''}",
             "([accuracy-ablation.json](../benchmarks/results/accuracy-ablation.json)):",
             "",
             *ablation["table"],

@@ -23,6 +23,7 @@ from benchmarks.accuracy.kept import claim
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.presets import PRESETS
 from benchmarks.accuracy.report import markdown, plot, summarise, sweep_table
+from flora_export.errors import FloraExportError
 from flora_export.verify.latency import environment
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -42,7 +43,7 @@ def main() -> None:
         parser.error(f"--methods: {', '.join(unknown)} unknown; there are {', '.join(METHODS)}")
     try:
         made_with = claim(options.work, options.base)
-    except ValueError as error:
+    except (ValueError, FloraExportError) as error:
         parser.error(str(error))
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),

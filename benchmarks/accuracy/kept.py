@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flora_export.base_model import file_sha256
+from flora_export.base_model import load_base
 
 FILE = "made_with.json"
 ROOT = Path(__file__).parent.parent.parent
@@ -27,7 +27,7 @@ def made_with(base: Path) -> dict[str, Any]:
     for file in sorted(file for pattern in SOURCES for file in ROOT.glob(pattern)):
         code.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return {
-        "base": {file.name: file_sha256(file) for file in [*sorted(base.glob("*.safetensors")), base / "config.json"]},
+        "base": load_base(str(base)).digests,
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "code": code.hexdigest(),
@@ -39,6 +39,7 @@ def claim(work: Path, base: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it holds runs that were made with something else.
+        CheckpointError: `base` is no base model.
     """
     now, place = made_with(base), work / FILE
     if not place.is_file():
