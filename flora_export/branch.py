@@ -24,7 +24,7 @@ BLOCK_KINDS: dict[str, Kind] = {"self_attn": "attention", "mlp": "mlp"}
 FUSE_LEVELS = ("none", "forward", "backward", "both")
 
 GATED = "gated"
-GATED_GAIN = 4.0  # default: act(G x) ⊙ (A x) is small to the second order in its matrices, and a gated branch would learn late without it
+GATED_GAIN = 16.0  # default: act(G x) ⊙ (A x) is small to the second order in its matrices, and a gated branch would learn late without it
 ACTIVATIONS: dict[Kind, tuple[str, ...]] = {
     "attention": ("identity", "relu", "silu", "gelu"),
     "mlp": ("identity", "relu", "silu", "gelu", GATED),

@@ -25,7 +25,7 @@ class Preset:
 
 SMALL = Preset(
     methods=("base", "lora", "ffba"),
-    learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    learning_rates=(1.5e-3, 3e-3, 6e-3, 1.2e-2),
     seeds=(0, 1, 2),
     steps=40,
     batch={"arithmetic": 4, "lexical": 16, "dialogue": 4},
@@ -39,11 +39,11 @@ SMALL = Preset(
 PRESETS = {
     "small": SMALL,
     "ablation": replace(
-        SMALL, methods=("lora", "ffba", *ABLATIONS, "ffba-mlp", "ffba-identity"), learning_rates=(2e-3, 4e-3, 8e-3), test={}
+        SMALL, methods=("lora", "ffba", *ABLATIONS, "ffba-mlp"), learning_rates=(3e-3, 6e-3), test={}
     ),
     "full": Preset(
         methods=tuple(COMPARED),
-        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
         seeds=(0, 1, 2),
         steps=200,
         batch={"arithmetic": 16, "lexical": 12, "dialogue": 16},

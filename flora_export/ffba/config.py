@@ -40,7 +40,7 @@ class FFBAConfig(PeftConfig):
     """
 
     r: int = field(default=16, metadata={"help": "rank, 1 to the model's width"})
-    alpha: float = field(default=64.0, metadata={"help": "scale numerator: s = alpha / r"})
+    alpha: float = field(default=16.0, metadata={"help": "scale numerator: s = alpha / r"})
     use_rslora: bool = field(default=False, metadata={"help": "s = alpha / sqrt(r)"})
     dropout: float = field(default=0.0, metadata={"help": "dropout of the branch's input while training"})
     target_modules: list[str] | str | None = field(
