@@ -38,9 +38,7 @@ SMALL = Preset(
 
 PRESETS = {
     "small": SMALL,
-    "ablation": replace(
-        SMALL, methods=("lora", "ffba", *ABLATIONS, "ffba-mlp"), learning_rates=(3e-3, 6e-3), test={}
-    ),
+    "ablation": replace(SMALL, methods=("lora", "ffba", *ABLATIONS, "ffba-mlp"), learning_rates=(3e-3, 6e-3), test={}),
     "full": Preset(
         methods=tuple(COMPARED),
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
