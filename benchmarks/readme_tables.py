@@ -90,7 +90,7 @@ def method_section() -> str:
             "",
             *ablation["table"],
             "",
-            "What was tried before the scales were chosen: loss on validation, mean over three seeds at the best rate of those tried with all",
+            "What was tried before the scales were chosen: loss on validation, mean over three seeds, at the best rate of those tried",
             "([accuracy-trials.json](../benchmarks/results/accuracy-trials.json), which has more that was tried with one seed):",
             "",
             *scale_rows(trials["scales"]),
