@@ -47,7 +47,7 @@ def main() -> None:
         parser.error(str(error))
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.accuracy", *sys.argv[1:]]),
-        **experiment(preset, methods, options.base.resolve(), options.work),
+        **experiment(preset, methods, options.base, options.work),
         "made_with": made_with,
         "environment": environment(),
     }
