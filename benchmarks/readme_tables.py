@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -93,41 +95,41 @@ def method_section() -> str:
             "What was tried before the scales were chosen: loss on validation, mean over three seeds, at the best rate of those tried",
             "([accuracy-trials.json](../benchmarks/results/accuracy-trials.json), which has more that was tried with one seed):",
             "",
-            *scale_rows(trials["scales"]),
+            *loss_rows(mean_losses(trials["scales"], seeds=3), ("arithmetic", "lexical", "dialogue")),
             "",
             "What was tried before that, with other scales: loss on validation at rate 2e-3, one seed, by a script that was not kept",
             "(the same file): leads, not results.",
             "",
-            *trial_rows(trials["trials"]),
+            *loss_rows(losses_at(trials["trials"], rate=2e-3, seed=0), ("arithmetic", "lexical")),
         ]
     )
 
 
-def scale_rows(trials: list[dict[str, Any]]) -> list[str]:
-    """A method a row, if it was tried on every task with three seeds at one rate: its loss at the best such rate."""
-    losses: dict[tuple[str, str, float], dict[int, float]] = {}
+Losses = dict[tuple[str, str], float]  # of a method on a task
+
+
+def mean_losses(trials: list[dict[str, Any]], seeds: int) -> Losses:
+    """The mean over the seeds, at the best of the rates that were tried with so many."""
+    by_rate: dict[tuple[str, str, float], list[float]] = {}
     for trial in trials:
-        losses.setdefault((trial["method"], trial["task"], trial["learning_rate"]), {})[trial["seed"]] = trial["validation_loss"]
-    means: dict[tuple[str, str], float] = {}
-    for (method, task, _), by_seed in losses.items():
-        if len(by_seed) == 3:
-            means[method, task] = min(sum(by_seed.values()) / 3, means.get((method, task), math.inf))
-    tasks = ("arithmetic", "lexical", "dialogue")
-    lines = ["| tried | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
-    for method in dict.fromkeys(trial["method"] for trial in trials):
-        if all((method, task) in means for task in tasks):
-            lines.append(f"| {method} | " + " | ".join(f"{means[method, task]:.3f}" for task in tasks) + " |")
-    return lines
+        by_rate.setdefault((trial["method"], trial["task"], trial["learning_rate"]), []).append(trial["validation_loss"])
+    means: Losses = {}
+    for (method, task, _), losses in by_rate.items():
+        if len(losses) == seeds:
+            means[method, task] = min(mean(losses), means.get((method, task), math.inf))
+    return means
 
 
-def trial_rows(trials: list[dict[str, Any]]) -> list[str]:
-    """A method a row, if it was tried on both tasks."""
-    found = {(t["method"], t["task"]): t["validation_loss"] for t in trials if t["learning_rate"] == 2e-3 and t["seed"] == 0}
-    tasks = ("arithmetic", "lexical")
+def losses_at(trials: list[dict[str, Any]], rate: float, seed: int) -> Losses:
+    return {(t["method"], t["task"]): t["validation_loss"] for t in trials if (t["learning_rate"], t["seed"]) == (rate, seed)}
+
+
+def loss_rows(losses: Losses, tasks: Sequence[str]) -> list[str]:
+    """A method a row, if it was tried on every task."""
     lines = ["| tried | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
-    for method in dict.fromkeys(t["method"] for t in trials):
-        if all((method, task) in found for task in tasks):
-            lines.append(f"| {method} | " + " | ".join(f"{found[(method, task)]:.3f}" for task in tasks) + " |")
+    for method in dict.fromkeys(method for method, _ in losses):
+        if all((method, task) in losses for task in tasks):
+            lines.append(f"| {method} | " + " | ".join(f"{losses[method, task]:.3f}" for task in tasks) + " |")
     return lines
 
 
