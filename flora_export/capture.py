@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from flora_export.base_model import BaseModel
 from flora_export.errors import BackendError, CheckpointError
+from flora_export.rotary import rotary_tables
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
 # Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). The others hold operators of the ONNX standard alone:
@@ -94,18 +95,19 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
             f"base model {base.name}: {len(empty)} of its weights are missing, first {empty[0]}. Is its download complete?"
         )
     if form != "weights":  # nobody runs its attention
-        _mend_attention(model, base, form, PRECISIONS[form][precision])
+        _mend_attention(model, base, form)
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, form, precision, package)
 
 
-def _mend_attention(model: ir.Model, base: BaseModel, form: str, dtype: str) -> None:
-    """State what mobius 0.1.0 leaves out: sliding windows (Gemma 2 and 3, Qwen 2), Gemma 3's attention scale and second rotary table.
+def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
+    """State what mobius 0.1.0 leaves out or makes inexactly: rotary tables, each kind of layer's own; sliding windows (Gemma 2 and 3, Qwen 2);
+    Gemma 3's attention scale.
 
     GroupQueryAttention takes a window of W as transformers does: a token sees itself and the W - 1 before it.
 
     Raises:
-        CheckpointError: a layer has a window, and the graph's operator for it cannot express one.
+        CheckpointError: a layer has a window, and the graph's operator for it cannot express one; or its rotary tables cannot be made.
     """
     from transformers import AutoConfig
 
@@ -113,7 +115,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str, dtype: str) -> 
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * base.layers
     scalar = getattr(config, "query_pre_attn_scalar", None)
-    tables = _rotary_tables(model, base, dtype) if len(set(kinds)) > 1 else {}
+    tables = _exact_rotary(model, base, config)
     for node in model.graph:
         cache = next((v.name for v in node.inputs if v is not None and v.name and v.name.startswith("past_key_values.")), None)
         if cache is None or node.op_type not in ("GroupQueryAttention", "Attention"):
@@ -121,8 +123,8 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str, dtype: str) -> 
         layer = int(cache.split(".")[1])
         if scalar:
             node.attributes["scale"] = ir.AttrFloat32("scale", scalar**-0.5)
-        if tables and node.op_type == "GroupQueryAttention":
-            for index, table in enumerate(tables[kinds[layer]], start=len(node.inputs) - 2):
+        if node.op_type == "GroupQueryAttention":
+            for index, table in enumerate(tables.get(kinds[layer], ()), start=len(node.inputs) - 2):
                 node.replace_input_with(index, table)
         if window and kinds[layer] == "sliding_attention":
             if node.op_type == "GroupQueryAttention":
@@ -136,27 +138,36 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str, dtype: str) -> 
                 )
 
 
-def _rotary_tables(model: ir.Model, base: BaseModel, dtype: str) -> dict[str, tuple[ir.Value, ir.Value]]:
-    """Cosine and sine tables by kind of layer, where the kinds have their own: mobius fuses the first it meets into every layer.
+# mobius's names of the modules that hold a pair of rotary tables, by the kind of layer that they serve.
+ROTARY_MODULES = {"full_attention": "model.rotary_emb", "sliding_attention": "model.rotary_emb_local"}
 
-    The standard capture of the same model, which does not fuse them, has both.
+
+def _exact_rotary(model: ir.Model, base: BaseModel, config: Any) -> dict[str, tuple[ir.Value, ...]]:
+    """Replace the rotary tables, whose last bits depend on the processor here, and follow transformers where mobius reads less.
+
+    Returns the cosine and sine of each kind of layer, where the kinds differ: a graph of GroupQueryAttention has the first alone, in
+    every layer.
     """
-    import mobius
-
-    with _quiet():
-        plain = mobius.build(str(base.path), execution_provider="onnx-standard", dtype=dtype, load_weights=False)["model"]
-    if "model.rotary_emb_local.cos_cache" not in plain.graph.initializers:
-        return {}
-    tables = {}
-    for kind, module in (("full_attention", "rotary_emb"), ("sliding_attention", "rotary_emb_local")):
-        pair = []
-        for name in (f"model.{module}.cos_cache", f"model.{module}.sin_cache"):
-            if name not in model.graph.initializers:
-                source = plain.graph.initializers[name]
-                model.graph.initializers.add(ir.Value(name=name, shape=source.shape, type=source.type, const_value=source.const_value))
-            pair.append(model.graph.initializers[name])
-        tables[kind] = (pair[0], pair[1])
-    return tables
+    initializers = model.graph.initializers
+    held = [initializers[f"{module}.cos_cache"] for module in ROTARY_MODULES.values() if f"{module}.cos_cache" in initializers]
+    if not held or held[0].shape is None or held[0].dtype is None:
+        return {}  # positions are learned, or not told
+    own = [kind for kind in ROTARY_MODULES if isinstance((getattr(config, "rope_parameters", None) or {}).get(kind), dict)]
+    shape, dtype, tables = held[0].shape.numpy(), held[0].dtype.numpy(), {}
+    for kind in own or ["full_attention"]:
+        try:
+            pair = rotary_tables(config, kind, shape, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"base model {base.name}: {error}") from error
+        values = []
+        for part, table in zip(("cos_cache", "sin_cache"), pair, strict=True):
+            name = f"{ROTARY_MODULES[kind]}.{part}"
+            if name not in initializers:
+                initializers.add(ir.Value(name=name, shape=held[0].shape, type=held[0].type))
+            initializers[name].const_value = ir.tensor(table, name=name)
+            values.append(initializers[name])
+        tables[kind] = tuple(values)
+    return tables if own else {}
 
 
 @contextlib.contextmanager
