@@ -101,8 +101,8 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
 
 
 def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
-    """State what mobius 0.1.0 leaves out or makes inexactly: rotary tables, each kind of layer's own; sliding windows (Gemma 2 and 3, Qwen 2);
-    Gemma 3's attention scale.
+    """State what mobius 0.1.0 leaves out or makes inexactly: rotary tables, each kind of layer's own; sliding windows (Gemma 2 and 3,
+    Qwen 2); Gemma 3's attention scale.
 
     GroupQueryAttention takes a window of W as transformers does: a token sees itself and the W - 1 before it.
 

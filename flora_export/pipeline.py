@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_config
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, VerificationError
 from flora_export.explain import Explanation
-from flora_export.ledger import LedgerReport, block_records, check_ledger, load_graph, planned_entries
+from flora_export.ledger import block_records, check_ledger, load_graph, planned_entries
 from flora_export.passes import fuse_adapter, operator_counts
-from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, compare, expect, expect_near_limit, measure_floors
-from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
-from flora_export.verify.localise import block_errors, localise
-from flora_export.verify.prompts import encode_prompts, tokenizer_faults
+from flora_export.verify.coverage import STEPS
+from flora_export.verify.golden import PROMPT_COUNT, replay
+from flora_export.verify.parity import environment, first_divergence, longest_prompt, open_runner, verify_numerics
+from flora_export.verify.prompts import encode_prompts
 from flora_export.verify.report import Report
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
@@ -74,7 +73,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         target, form = capture_form(options.backend, options.target)
         more: dict[str, Any] = {}
         if hasattr(backend, "prepare"):  # it compiles
-            prompts, _ = encode_prompts(base.path, base.vocabulary, _longest(base, options.cache_tokens))
+            prompts, _ = encode_prompts(base.path, base.vocabulary, longest_prompt(base, options.cache_tokens))
             plan = backend.prepare(options.engine, base, options.cache_tokens, prompts[:PROMPT_COUNT], STEPS)
             more = {"plan": plan, "stage": lambda what: progress(what, 0, 1)}
         progress("capturing the base model", 0, 1)
@@ -89,14 +88,16 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         artifact = Artifact(directory, dataclasses.replace(manifest, verified=options.verify))
         report: Report | None = None
         if options.verify:
-            report = _verify_numerics(artifact, base, checkpoint, VerifyOptions(options.allow_vacuous, golden=True), progress)
+            report = verify_numerics(
+                artifact, base, checkpoint, prompt_file=None, allow_vacuous=options.allow_vacuous, golden=True, progress=progress
+            )
         with writing(output):
             artifact = seal(directory, artifact.manifest)
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
         report = dataclasses.replace(report, ledger=ledger) if report is not None else Report(ledger)
         if report.numerics is not None and report.numerics.causes:
-            report.first_divergence = _localise(artifact, base, checkpoint, progress)
+            report.first_divergence = first_divergence(artifact, base, checkpoint, progress)
         if report.causes:
             raise VerificationError(report.to_text(), report.to_dict())
         with writing(output):
@@ -113,88 +114,35 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
     artifact = open_artifact(path)
     if ckpt is None:
         progress("checking the ledger", 0, 1)
-        report = Report(check_ledger(artifact), environment=_environment())
+        report = Report(check_ledger(artifact), environment=environment())
         if not report.ledger.faults:
             progress("replaying golden vectors", 0, 1)
-            runner = _runner(artifact)
+            runner = open_runner(artifact)
             report.replay_faults = replay(artifact, runner)
-            report.environment = _environment(runner)
+            report.environment = environment(runner)
     else:
         base, checkpoint = load_sources(ckpt, base_name)
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
         try:
-            report = _verify_numerics(artifact, base, checkpoint, options, progress)
+            report = verify_numerics(
+                artifact,
+                base,
+                checkpoint,
+                prompt_file=options.prompts,
+                allow_vacuous=options.allow_vacuous,
+                golden=options.golden,
+                progress=progress,
+            )
         except (ArtifactError, BackendError) as error:
             if not ledger.faults:
                 raise
             ledger.faults.append(f"it does not run: {error}")  # damaged as the faults before it say
-            report = Report(ledger, environment=_environment())
+            report = Report(ledger, environment=environment())
         report.ledger = ledger
         if options.localise or (report.numerics is not None and report.numerics.causes):
-            report.first_divergence = _localise(artifact, base, checkpoint, progress)
+            report.first_divergence = first_divergence(artifact, base, checkpoint, progress)
     return report
-
-
-def _verify_numerics(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, options: VerifyOptions, progress: Progress) -> Report:
-    """Compare with eager PyTorch. Records golden vectors where the artifact has none yet."""
-    from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
-
-    progress("loading eager PyTorch", 0, 1)
-    truth = Reference(base, checkpoint.path)
-    runners = _runner(artifact), _runner(artifact, adapter=False)
-    limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
-    longest = min(_longest(base, limits.total), limits.prompt)
-    prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, options.prompts)
-    expected = expect(truth, prompts, lambda done, of: progress("asking eager PyTorch", done, of))
-    budget = sum(file.stat().st_size for file in base.weights) // 4
-    near_limit = expect_near_limit(truth, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
-    if options.golden:
-        with writing(artifact.path):
-            write_golden(expected, artifact.path)
-    hosts = {record.block: record for record in artifact.manifest.blocks}
-    branches = [dataclasses.replace(b, writes=tuple(hosts[b.block].writes)) for b in checkpoint.branches if b.block in hosts]
-    blocks = block_errors(artifact, branches, truth.block_outputs(prompts[0], list(hosts), adapter=True), prompts[0])
-    progress("measuring the noise floor", 0, 1)
-    truth.to_precision(artifact.manifest.precision)
-    measure_floors(truth, expected)
-    measure_floors(truth, near_limit[:1], near_limit[1])
-    del truth
-    numerics = compare(
-        expected,
-        near_limit,
-        *runners,
-        precision=artifact.manifest.precision,
-        source=source,
-        allow_vacuous=options.allow_vacuous,
-        progress=lambda done, of: progress("comparing with eager PyTorch", done, of),
-    )
-    numerics.causes += tokenizer_faults(artifact, base)
-    return Report(LedgerReport(), numerics, blocks=blocks, environment=_environment(*runners))
-
-
-def _longest(base: BaseModel, room: int) -> int:
-    """The longest prompt that leaves room for the steps after it; `room` is a cache's or an engine's, or 0."""
-    return max(1, min(base.context, room or base.context) - STEPS - 1)
-
-
-def _localise(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
-    from flora_export.reference import Reference
-
-    prompts, _ = encode_prompts(artifact.path, base.vocabulary, _longest(base, artifact.manifest.cache_tokens))
-    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
-
-
-def _runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
-    runner: Runner = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
-    return runner
-
-
-def _environment(*runners: Runner) -> dict[str, str]:
-    """The machine, and what the artifact was run in; without its adapter as well, where that is something else."""
-    names = list(dict.fromkeys(runner.runtime for runner in runners))
-    ran = {"runtime": "; without its adapter in ".join(names)} if names else {}
-    return ran | {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
 
 
 def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) -> Explanation:

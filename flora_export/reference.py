@@ -1,4 +1,4 @@
-"""The one truth: base model and adapter as eager PyTorch, unfused, fp32. Shares no code with the capture."""
+"""Base model and adapter as eager PyTorch, unfused: in fp64 the truth, in fp32 what users know. Shares no code with the capture."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from transformers import AutoModelForCausalLM
 import flora_export.ffba  # noqa: F401  # registers FFBA with PEFT
 from flora_export.base_model import BaseModel
 from flora_export.errors import CheckpointError
+from flora_export.exact import in_double
 
 _Array = npt.NDArray[np.float32]
-_NEIGHBOURS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BATCH_BYTES = 512 * 2**20  # of fp64 logits that are computed at a time
 
 
 class Reference:
-    """Eager PyTorch in fp32, one prompt at a time."""
+    """Eager PyTorch, loaded in fp32."""
 
     def __init__(self, base: BaseModel, checkpoint: Path) -> None:
         """Load both.
@@ -47,19 +49,17 @@ class Reference:
             raise CheckpointError(f"eager PyTorch cannot load {checkpoint} on {base.name} ({type(error).__name__}: {error})") from error
 
     def to_precision(self, precision: str) -> Reference:
-        """Turn this very model into the precision whose noise is to be known, and return it.
+        """Turn this very model into the precision of an artifact, and return it.
 
-        For fp32 that is fp64: the noise of fp32 is the difference between the two. Buffers that are not saved with a model (the rotary
-        frequencies) stay in fp32 where weights become shorter, as they do when transformers loads a model in that precision: frequencies
-        in fp16 would turn every far position by whole radians.
+        Buffers that are not saved with a model (the rotary frequencies) stay in fp32, as they do when transformers loads a model in that
+        precision: frequencies in fp16 would turn every far position by whole radians.
         """
         kept = [
             (module, name, module._buffers[name]) for module in self.model.modules() for name in sorted(module._non_persistent_buffers_set)
         ]
-        self.model.to(_NEIGHBOURS[precision])
-        if precision != "fp32":
-            for module, name, buffer in kept:
-                module._buffers[name] = buffer
+        self.model.to(_DTYPES[precision])
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer
         return self
 
     @torch.no_grad()
@@ -67,11 +67,38 @@ class Reference:
         self, tokens: Sequence[int], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
     ) -> npt.NDArray[np.float32]:
         """Logits [tokens, vocabulary] of a whole sequence, or of one that follows a KV cache, with or without the adapter."""
+        result: npt.NDArray[np.float32] = self._run([tokens], adapter, cache)[0].float().numpy()
+        return result
+
+    @torch.no_grad()
+    def exact_logits(
+        self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """The true logits [tokens, vocabulary] of each row: computed in fp64, and rounded to fp32 at the end. The model must be in fp32.
+
+        Rows run together, padded on the right, which causal attention does not see; one by one with longrope, whose frequencies depend on
+        the longest of them.
+        """
+        longest = max(map(len, rows))
+        together = max(1, BATCH_BYTES // (8 * longest * int(self.model.config.vocab_size)))
+        if any(getattr(module, "rope_type", None) == "longrope" for module in self.model.modules()):
+            together = 1
+        results = []
+        for start in range(0, len(rows), together):
+            some = [list(row) for row in rows[start : start + together]]
+            longest = max(map(len, some))
+            with in_double(self.model):
+                logits = self._run([row + [0] * (longest - len(row)) for row in some], adapter, cache)
+            results += [values[: len(row)].to(torch.float32).numpy() for row, values in zip(some, logits, strict=True)]
+        return results
+
+    def _run(self, rows: Sequence[Sequence[int]], adapter: bool, cache: Sequence[tuple[_Array, _Array]] | None) -> torch.Tensor:
+        """Logits [rows, tokens, vocabulary]."""
         past = None if cache is None else dynamic_cache(cache, self.model.dtype)
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
-            output = self.model(input_ids=torch.tensor([list(tokens)]), past_key_values=past, use_cache=past is not None)
-        result: npt.NDArray[np.float32] = output.logits[0].float().numpy()
-        return result
+            output = self.model(input_ids=torch.tensor([list(row) for row in rows]), past_key_values=past, use_cache=past is not None)
+        logits: torch.Tensor = output.logits
+        return logits
 
     @torch.no_grad()
     def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str], *, adapter: bool) -> dict[str, npt.NDArray[np.float32]]:

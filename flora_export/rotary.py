@@ -10,7 +10,7 @@ and power differ in the last bit from one to the next, nor on the library that h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import mpmath
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from flora_export.errors import CheckpointError
 
-Real = mpmath.mpf
+Real: TypeAlias = Any  # a number of mpmath's, which is untyped
 Doubles = npt.NDArray[np.float64]
 Frequencies = tuple[list[Real], Real]  # f_j by pair, a
 
@@ -77,13 +77,14 @@ def _table(
 
 
 def round_once(values: Doubles, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """fp64 -> dtype, to nearest, ties to even. bfloat16 is reached by way of fp32 rounded to odd, since two roundings to nearest can err."""
+    """fp64 -> dtype, to nearest. bfloat16 by way of fp32 rounded to odd, since rounding to nearest twice can err."""
     if dtype != ml_dtypes.bfloat16:
         return values.astype(dtype)
     near = values.astype(np.float32)
     inward = np.where(np.abs(near) > np.abs(values), np.nextafter(near, np.float32(0)), near).astype(np.float32)
     odd = inward.view(np.uint32) | (inward != values)
-    return odd.view(np.float32).astype(dtype)
+    rounded: npt.NDArray[Any] = odd.view(np.float32).astype(dtype)
+    return rounded
 
 
 def _parameters(config: Any, kind: str) -> Mapping[str, Any]:
@@ -97,7 +98,9 @@ def _parts(config: Any, kind: str, context: int) -> list[tuple[int, Frequencies]
     """(positions, frequencies) of the tables that stand one below the other: one, or longrope's short and long."""
     parameters = _parameters(config, kind)
     rope = parameters["rope_type"]
-    head = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = (
+        getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     size = int(head * parameters.get("partial_rotary_factor", 1.0))
     if rope == "longrope":
         return _longrope(parameters, size, context)
@@ -108,32 +111,32 @@ def _parts(config: Any, kind: str, context: int) -> list[tuple[int, Frequencies]
 
 def _default(parameters: Mapping[str, Any], head: int, size: int, context: int) -> Frequencies:
     """θ^(-2j / size). Also dynamic NTK's within the context that the model states, which is all that is exported."""
-    base = Real(parameters["rope_theta"])
-    return [base ** (Real(-2 * pair) / size) for pair in range((size + 1) // 2)], Real(1)
+    base = mpmath.mpf(parameters["rope_theta"])
+    return [base ** (mpmath.mpf(-2 * pair) / size) for pair in range((size + 1) // 2)], mpmath.mpf(1)
 
 
 def _linear(parameters: Mapping[str, Any], head: int, size: int, context: int) -> Frequencies:
     """Position interpolation (arXiv 2306.15595)."""
     turns, scale = _default(parameters, head, size, context)
-    return [f / Real(parameters["factor"]) for f in turns], scale
+    return [f / mpmath.mpf(parameters["factor"]) for f in turns], scale
 
 
 def _proportional(parameters: Mapping[str, Any], head: int, size: int, context: int) -> Frequencies:
     """Frequencies of the whole head, of which only the first `partial_rotary_factor` turn."""
     turns, scale = _default(parameters, head, head, context)
     moving = int(parameters.get("partial_rotary_factor", 1.0) * head // 2)
-    return [f / Real(parameters.get("factor", 1.0)) if pair < moving else Real(0) for pair, f in enumerate(turns)], scale
+    return [f / mpmath.mpf(parameters.get("factor", 1.0)) if pair < moving else mpmath.mpf(0) for pair, f in enumerate(turns)], scale
 
 
 def _llama3(parameters: Mapping[str, Any], head: int, size: int, context: int) -> Frequencies:
     """Llama 3.1: long waves are slowed by `factor`, short ones are kept, those between are blended."""
     turns, scale = _default(parameters, head, size, context)
-    factor, low, high = (Real(parameters[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = Real(parameters["original_max_position_embeddings"])
+    factor, low, high = (mpmath.mpf(parameters[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = mpmath.mpf(parameters["original_max_position_embeddings"])
 
     def slowed(f: Real) -> Real:
         waves = original * f / (2 * mpmath.pi)  # how many fit into the original context
-        share = min(max((waves - low) / (high - low), Real(0)), Real(1))
+        share = min(max((waves - low) / (high - low), mpmath.mpf(0)), mpmath.mpf(1))
         return (1 - share) * f / factor + share * f
 
     return [slowed(f) for f in turns], scale
@@ -142,44 +145,44 @@ def _llama3(parameters: Mapping[str, Any], head: int, size: int, context: int) -
 def _yarn(parameters: Mapping[str, Any], head: int, size: int, context: int) -> Frequencies:
     """YaRN (arXiv 2309.00071): a ramp over the pairs, from frequencies that are kept to frequencies divided by `factor`."""
     turns, _ = _default(parameters, head, size, context)
-    original = Real(parameters["original_max_position_embeddings"])
-    factor = Real(parameters["factor"] or context / original)
-    base = Real(parameters["rope_theta"])
+    original = mpmath.mpf(parameters["original_max_position_embeddings"])
+    factor = mpmath.mpf(parameters["factor"] or context / original)
+    base = mpmath.mpf(parameters["rope_theta"])
 
     def pair_of(rotations: float) -> Real:
-        return size * mpmath.log(original / (Real(rotations) * 2 * mpmath.pi)) / (2 * mpmath.log(base))
+        return size * mpmath.log(original / (mpmath.mpf(rotations) * 2 * mpmath.pi)) / (2 * mpmath.log(base))
 
     low, high = pair_of(parameters.get("beta_fast") or 32), pair_of(parameters.get("beta_slow") or 1)
     if parameters.get("truncate", True):
         low, high = mpmath.floor(low), mpmath.ceil(high)
-    low, high = max(low, Real(0)), min(high, Real(size - 1))
+    low, high = max(low, mpmath.mpf(0)), min(high, mpmath.mpf(size - 1))
     if low == high:
-        high += Real("0.001")
+        high += mpmath.mpf("0.001")
 
     def slowed(pair: int, f: Real) -> Real:
-        ramp = min(max((pair - low) / (high - low), Real(0)), Real(1))
+        ramp = min(max((pair - low) / (high - low), mpmath.mpf(0)), mpmath.mpf(1))
         return f / factor * ramp + f * (1 - ramp)
 
     def strength(weight: float) -> Real:
-        return Real(1) if factor <= 1 else Real("0.1") * Real(weight) * mpmath.log(factor) + 1
+        return mpmath.mpf(1) if factor <= 1 else mpmath.mpf("0.1") * mpmath.mpf(weight) * mpmath.log(factor) + 1
 
     attention, weight, weight_all = (parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is None:
         attention = strength(weight) / strength(weight_all) if weight and weight_all else strength(1)
-    return [slowed(pair, f) for pair, f in enumerate(turns)], Real(attention)
+    return [slowed(pair, f) for pair, f in enumerate(turns)], mpmath.mpf(attention)
 
 
 def _longrope(parameters: Mapping[str, Any], size: int, context: int) -> list[tuple[int, Frequencies]]:
     """LongRoPE (arXiv 2402.13753): each frequency has a divisor of its own, one for contexts up to the original, one for longer ones."""
     original = int(parameters["original_max_position_embeddings"])
     turns, _ = _default(parameters, size, size, context)
-    factor = Real(parameters.get("factor") or Real(context) / original)
+    factor = mpmath.mpf(parameters.get("factor") or mpmath.mpf(context) / original)
     attention = parameters.get("attention_factor")
     if attention is None:
         attention = 1 if factor <= 1 else mpmath.sqrt(1 + mpmath.log(factor) / mpmath.log(original))
 
     def divided(key: str) -> Frequencies:
-        return [f / Real(divisor) for f, divisor in zip(turns, parameters[key], strict=True)], Real(attention)
+        return [f / mpmath.mpf(divisor) for f, divisor in zip(turns, parameters[key], strict=True)], mpmath.mpf(attention)
 
     short = divided("short_factor")
     return [(context, short)] if original == context else [(original, short), (context, divided("long_factor"))]

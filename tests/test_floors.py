@@ -17,6 +17,8 @@ FLOORS = {
     "flora_export.errors": 0,
     "flora_export.branch": 1,
     "flora_export.base_model": 1,
+    "flora_export.rotary": 1,
+    "flora_export.exact": 1,
     "flora_export.artifact": 2,
     "flora_export.checkpoint": 2,
     "flora_export.weights": 2,

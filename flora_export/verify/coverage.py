@@ -20,13 +20,15 @@ LIMIT_STEPS = 3  # near the end of the context
 LIMIT_BYTES = 512 * 2**20  # of a random KV cache in fp32, or a quarter of the weights; a longer context is tested as far as this goes
 
 Cache = list[tuple[Logits, Logits]]  # keys and values per layer, each [batch, KV heads, past, head size]
+Run = tuple[Expected, Cache | None]  # and the cache before it
 Progress = Callable[[int, int], None]  # (done, of)
 
 
-class Truth(Protocol):
-    """Eager PyTorch."""
+class Eager(Protocol):
+    """Eager PyTorch, in fp32 or in the artifact's precision, and the truth: the same in fp64."""
 
     def logits(self, tokens: Sequence[int], *, adapter: bool = True, cache: Cache | None = None) -> Logits: ...
+    def exact_logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Cache | None = None) -> list[Logits]: ...
     def greedy(self, prompt: Sequence[int], steps: int) -> list[int]: ...
 
 
@@ -42,22 +44,44 @@ class Runner(Protocol):
     def cache_shapes(self) -> list[tuple[int, int]]: ...
 
 
-def expect(truth: Truth, prompts: list[list[int]], progress: Progress) -> list[Expected]:
-    """Eager's answers to the prompts, and to the first token of the first one alone."""
+def expect(eager: Eager, prompts: list[list[int]], progress: Progress) -> list[Expected]:
+    """The truth for the prompts, and for the first token of the first one alone."""
     named = [(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)] + [("single token", prompts[0][:1])]
-    expected = []
-    for index, (name, prompt) in enumerate(named):
-        tokens = truth.greedy(prompt, STEPS)
-        sequence = prompt + tokens
-        expected.append(Expected(name, prompt, tokens, truth.logits(sequence), truth.logits(sequence, adapter=False)))
-        progress(index + 1, len(named))
-    return expected
+    tokens, adapted = _true_continuations(eager, [prompt for _, prompt in named], progress)
+    base = eager.exact_logits([prompt + after for (_, prompt), after in zip(named, tokens, strict=True)], adapter=False)
+    return [
+        Expected(name, prompt, after, true, true_base)
+        for (name, prompt), after, true, true_base in zip(named, tokens, adapted, base, strict=True)
+    ]
+
+
+def _true_continuations(eager: Eager, prompts: list[list[int]], progress: Progress) -> tuple[list[list[int]], list[Logits]]:
+    """The tokens that greedy decoding takes, and the true logits [positions, vocabulary] of prompt and tokens.
+
+    Eager in fp32 proposes the tokens, and the truth has the last word: fp32 can prefer either of two tokens that are nearly tied.
+    """
+    tokens = []
+    for index, prompt in enumerate(prompts):
+        tokens.append(eager.greedy(prompt, STEPS))
+        progress(index + 1, len(prompts))
+    while True:
+        adapted = eager.exact_logits([prompt + after for prompt, after in zip(prompts, tokens, strict=True)])
+        wrong = 0
+        for row, (prompt, after, logits) in enumerate(zip(prompts, tokens, adapted, strict=True)):
+            preferred = logits[len(prompt) - 1 : -1].argmax(-1)
+            step = next((step for step, token in enumerate(after) if token != preferred[step]), None)
+            if step is not None:
+                kept = [*after[:step], int(preferred[step])]
+                tokens[row] = kept + eager.greedy(prompt + kept, STEPS - len(kept))
+                wrong += 1
+        if not wrong:
+            return tokens, adapted
 
 
 def expect_near_limit(
-    truth: Truth, shapes: Sequence[tuple[int, int]], context: int, tokens: list[int], budget: int
+    eager: Eager, shapes: Sequence[tuple[int, int]], context: int, tokens: list[int], budget: int
 ) -> tuple[Expected, Cache]:
-    """Eager's logits for a few tokens that end one before the end of the context, after a random cache.
+    """The truth for a few tokens that end one before the end of the context, after a random cache.
 
     Args:
         shapes: (KV heads, head size) of each layer.
@@ -71,15 +95,22 @@ def expect_near_limit(
         return rng.standard_normal((1, heads, past, size), dtype=np.float32).astype(np.float16).astype(np.float32)  # exact in fp16
 
     cache = [(draw(heads, size), draw(heads, size)) for heads, size in shapes]
-    adapted, base = (truth.logits(tokens, adapter=adapter, cache=cache) for adapter in (True, False))
+    (adapted,), (base,) = (eager.exact_logits([tokens], adapter=adapter, cache=cache) for adapter in (True, False))
     return Expected("near the context's end", tokens[:1], tokens[1:], adapted, base), cache
 
 
-def measure_floors(truth: Truth, expected: Sequence[Expected], cache: Cache | None = None) -> None:
-    """Note what eager in the artifact's precision is off by, after a cache where one is given."""
-    for item in expected:
+def ask_eager(eager: Eager, runs: Sequence[Run]) -> None:
+    """Note what eager PyTorch, in fp32, answers."""
+    for item, cache in runs:
+        item.eager = eager.logits(item.prompt + item.tokens, cache=cache)
+
+
+def measure_floors(eager: Eager, runs: Sequence[Run], precision: str) -> None:
+    """Note what eager PyTorch, which is in the artifact's precision by now, is off by: the noise floor."""
+    for item, cache in runs:
         sequence = item.prompt + item.tokens
-        adapted, base = (truth.logits(sequence, adapter=adapter, cache=cache) for adapter in (True, False))
+        adapted = item.eager if precision == "fp32" and item.eager is not None else eager.logits(sequence, cache=cache)
+        base = eager.logits(sequence, adapter=False, cache=cache)
         effect = difference(item.adapted, item.base)
         norm = float(np.linalg.norm(effect))
         item.floor_logits = float(max(np.abs(adapted - item.adapted).max(), np.abs(base - item.base).max()))
@@ -88,7 +119,7 @@ def measure_floors(truth: Truth, expected: Sequence[Expected], cache: Cache | No
 
 def compare(
     expected: Sequence[Expected],
-    near_limit: tuple[Expected, Cache] | None,
+    near_limit: tuple[Expected, Cache],
     with_adapter: Runner,
     without_adapter: Runner,
     *,
@@ -109,10 +140,9 @@ def compare(
             name = item.name if len(rows) == 1 else f"ragged batch, row {row}"
             result.cases.append(measure(item, got[row], got_base[row], name, len(rows)))
         progress(index + 1, len(runs) + 1)
-    if near_limit is not None:
-        item, cache = near_limit
-        got, got_base = ([_after(runner, cache, item.prompt + item.tokens)] for runner in (with_adapter, without_adapter))
-        result.cases.append(measure(item, got[0], got_base[0], item.name, 1, cache[0][0].shape[2]))
+    item, cache = near_limit
+    got, got_base = ([_after(runner, cache, item.prompt + item.tokens)] for runner in (with_adapter, without_adapter))
+    result.cases.append(measure(item, got[0], got_base[0], item.name, 1, cache[0][0].shape[2]))
     progress(len(runs) + 1, len(runs) + 1)
     result.causes = judge(result, allow_vacuous=allow_vacuous)
     return result
@@ -121,7 +151,7 @@ def compare(
 def run_forced(runner: Runner, prompts: list[list[int]], forced: list[list[int]]) -> list[Logits]:
     """Logits [prompt + steps, vocabulary] of each row, when each step is fed the given token.
 
-    Fed with eager's greedy tokens, a runner that prefers the same token at every place decodes the same text by itself.
+    Fed with the true greedy tokens, a runner that prefers the same token at every place decodes the same text by itself.
     """
     rows = [[row] for row in runner.start(prompts)]
     for step in range(len(forced[0])):

@@ -1,15 +1,20 @@
-"""Golden vectors: recorded inputs and eager PyTorch's answers, so that a C++ or Triton host replays them without torch.
+"""Golden vectors: recorded inputs and PyTorch's answers in fp64, so that a C++ or Triton host replays them without torch.
 
 `golden.safetensors` holds, for prompts i = 0, 1, ...:
     prompt.{i}.input_ids   int64 [tokens]
     prompt.{i}.tokens      int64 [steps]              the greedy continuation
     prompt.{i}.logits      float32 [steps, vocabulary]  after the prompt, and after each token but the last
+
+Logits are rounded to 18 bits after the largest's leading one, well below what a replay allows, so that the file's bytes are the same
+whatever processor computed them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +27,25 @@ from flora_export.verify.coverage import Runner, run_forced
 from flora_export.verify.numerics import TOLERANCES, Expected, Logits
 
 PROMPT_COUNT = 2
+BITS = 18
 Ids = npt.NDArray[np.int64]
 
 
 def write_golden(expected: Sequence[Expected], directory: Path) -> None:
-    """Record eager's answers to the first prompts."""
-    tensors = {}
+    """Record the truth for the first prompts."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
     for index, item in enumerate(expected[:PROMPT_COUNT]):
         tensors[f"prompt.{index}.input_ids"] = np.array(item.prompt, np.int64)
         tensors[f"prompt.{index}.tokens"] = np.array(item.tokens, np.int64)
-        tensors[f"prompt.{index}.logits"] = np.ascontiguousarray(item.adapted[len(item.prompt) - 1 : -1])
+        tensors[f"prompt.{index}.logits"] = _rounded(item.adapted[len(item.prompt) - 1 : -1])
     save_file(tensors, directory / GOLDEN)
+
+
+def _rounded(logits: Logits) -> Logits:
+    """To multiples of a power of two that is 2^-18 of the largest, or a little more."""
+    grid = np.float32(2.0 ** (math.ceil(math.log2(max(1e-30, float(np.abs(logits).max())))) - BITS))
+    rounded: Logits = np.round(logits / grid) * grid
+    return rounded
 
 
 def recorded_prompts(artifact: Artifact) -> list[tuple[Ids, Ids, Logits]]:

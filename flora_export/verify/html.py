@@ -58,7 +58,9 @@ def _numerics(report: Report) -> list[str]:
         "base error",
         "logit error",
         "allowed",
+        "floor",
         "× floor",
+        "from eager fp32",
         "mean",
         "KL max",
         "top-1",
@@ -69,14 +71,20 @@ def _numerics(report: Report) -> list[str]:
     rows = []
     for case in numerics.cases:
         floors = [_floors(case.logits_error, case.floor_logits), _floors(case.effect_error, case.floor_effect)]
-        errors = [f"{case.base_error:.2e}", f"{case.logits_error:.2e}", f"{numerics.allowed_logits(case):.2e}", floors[0]]
+        errors = [f"{case.base_error:.2e}", f"{case.logits_error:.2e}", f"{numerics.allowed_logits(case):.2e}", _figure(case.floor_logits)]
+        errors += [floors[0], _figure(case.from_eager)]
         spread = [f"{case.mean_error:.1e}", f"{case.kl_max:.1e}", f"{case.top1_agreement:.2%}"]
         effect = [f"{case.effect_error:.4%}", f"{numerics.allowed_effect(case):.4%}", floors[1]]
         rows.append([case.name, str(case.batch), f"{case.past[0]}-{case.past[1]}", *errors, *spread, *effect])
     intro = (
-        f"{numerics.precision} against eager PyTorch fp32; {numerics.prompts}. Allowed are {numerics.tolerance.multiple:g} noise floors."
+        f"{numerics.precision} against PyTorch in fp64; {numerics.prompts}. Allowed are {numerics.tolerance.multiple:g} noise floors, "
+        f"which are what eager PyTorch in {numerics.precision} is off by."
     )
     return [f"<h2>Numbers</h2><p>{_text(intro)}</p>", _plots(report), _table(head, rows)]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2e}"
 
 
 def _floors(error: float, floor: float | None) -> str:

@@ -1,11 +1,11 @@
-"""Numeric parity of an artifact with eager PyTorch: what is measured of one run, and how it is judged.
+"""Numeric parity of an artifact with PyTorch: what is measured of one run, and how it is judged.
+
+Truth is eager PyTorch in fp64 (exact.py). The artifact and eager PyTorch in the artifact's own precision are both measured against it, and
+the artifact passes by how much worse than eager it is: what eager is off by is the noise floor, and errors are judged in multiples of it.
 
 Two things are compared: the base model alone, and the adapter's own effect, logits(adapter) - logits(base). An artifact that has lost its
-adapter is close to eager in its logits, since the adapter changes little; its effect is zero, and that is noticed. The artifact's base
+adapter is close to the truth in its logits, since the adapter changes little; its effect is zero, and that is noticed. The artifact's base
 model is the artifact itself with each B silenced.
-
-Errors are judged in multiples of the noise floor: what eager PyTorch itself is off by in the artifact's own precision, on the same
-prompts.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class Tolerance:
     epsilon: float
 
 
+# How far, of the largest logit, eager PyTorch in fp32 may be from the truth. Wider apart, one of the two is wrong, or the model amplifies
+# rounding so much that no artifact of it can be judged.
+DOUBT = 1e-3
+
 # The multiple leaves room for other kernels and another order of summation: right artifacts were seen at 1 to 4 floors. In fp32 the floor
 # alone decides, and an adapter scaled by 2 % is far outside it; in bf16 a strong adapter, whose effect saturates, can hide as much.
 TOLERANCES = {
@@ -44,7 +48,7 @@ TOLERANCES = {
 
 @dataclass
 class Expected:
-    """Eager's answer to one prompt: its greedy tokens, and logits [positions, vocabulary] of prompt and tokens, adapted and base."""
+    """The truth for one prompt: its greedy tokens, and logits [positions, vocabulary] of prompt and tokens, adapted and base."""
 
     name: str
     prompt: list[int]
@@ -53,30 +57,33 @@ class Expected:
     base: Logits
     floor_logits: float | None = None  # largest error of eager in the artifact's precision; None: not measured
     floor_effect: float | None = None  # relative error of its effect
+    eager: Logits | None = None  # adapted, by eager PyTorch in fp32; None: not asked
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one run of one prompt showed. `logits_error` and `base_error` are the largest over positions and vocabulary."""
+    """What one run of one prompt showed, against the truth. Errors of logits are the largest over positions and vocabulary."""
 
     name: str
     batch: int
     past: list[int]  # past lengths of its first and last call
     base_error: float
     logits_error: float
+    eager_error: float | None  # what eager PyTorch in fp32 is off by
+    from_eager: float | None  # how far the artifact is from eager PyTorch in fp32
     mean_error: float
     relative_error: float  # ||error|| / ||logits||
-    kl_mean: float  # KL divergence of next-token distributions, nats, eager from artifact
+    kl_mean: float  # KL divergence of next-token distributions, nats, truth from artifact
     kl_max: float
     top1_agreement: float  # share of positions where both prefer the same token
     largest_logit: float
-    largest_effect: float  # max |Δ| of eager
-    effect_error: float  # ||Δ artifact - Δ eager|| / ||Δ eager||
-    effect_scale: float  # how strong the artifact's effect is along eager's
-    floor_logits: float | None
+    largest_effect: float  # max |Δ|, of the truth
+    effect_error: float  # ||Δ artifact - Δ|| / ||Δ||
+    effect_scale: float  # how strong the artifact's effect is along the true one
+    floor_logits: float | None  # what eager in the artifact's precision is off by
     floor_effect: float | None
     other_token: int | None  # the first step of the greedy continuation at which the artifact prefers another token
-    margin: float  # by which eager prefers its own there
+    margin: float  # by which the truth prefers its own there
     error_per_step: list[float]  # largest error at the prompt's last position and at each step after it
 
 
@@ -126,6 +133,8 @@ def measure(expected: Expected, got: Logits, got_base: Logits, name: str, batch:
         past=[past, past + len(got) - 1],
         base_error=float(np.abs(got_base - expected.base).max()),
         logits_error=float(error.max()),
+        eager_error=None if expected.eager is None else float(np.abs(expected.eager - expected.adapted).max()),
+        from_eager=None if expected.eager is None else float(np.abs(got - expected.eager).max()),
         mean_error=float(error.mean()),
         relative_error=float(np.linalg.norm(error) / np.linalg.norm(expected.adapted)),
         kl_mean=float(kl.mean()),
@@ -149,7 +158,7 @@ def difference(adapted: Logits, base: Logits) -> npt.NDArray[np.float64]:
 
 
 def _divergence(expected: Logits, got: Logits) -> npt.NDArray[np.float64]:
-    """KL(eager || artifact) of the next-token distributions, per position, in nats."""
+    """KL(truth || artifact) of the next-token distributions, per position, in nats."""
     p, q = _log_softmax(expected), _log_softmax(got)
     result: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)
     return result
@@ -162,7 +171,7 @@ def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
 
 
 def _first_other_token(expected: Logits, got: Logits) -> tuple[int | None, float]:
-    """The first position where the two prefer other tokens, and by how much eager prefers its own."""
+    """The first position where the two prefer other tokens, and by how much the truth prefers its own."""
     ours, theirs = expected.argmax(-1), got.argmax(-1)
     differ = np.flatnonzero(ours != theirs)
     if not len(differ):
@@ -172,12 +181,20 @@ def _first_other_token(expected: Logits, got: Logits) -> tuple[int | None, float
 
 
 def judge(result: Numerics, *, allow_vacuous: bool) -> list[str]:
-    """Name each cause of failure once, the deepest first: a wrong base model, then a missing adapter, then a wrong one."""
+    """Name each cause of failure once, the deepest first: no truth, a wrong base model, a missing adapter, a wrong one."""
+    shaky = max(result.cases, key=lambda case: _finite((case.eager_error or 0.0) / max(1.0, case.largest_logit)))
+    if not (shaky.eager_error or 0.0) <= DOUBT * max(1.0, shaky.largest_logit):
+        return [
+            f"no truth: eager PyTorch in fp32 and in fp64 differ by {shaky.eager_error:.3g} in {shaky.name}, at logits of "
+            f"{shaky.largest_logit:.3g}, so neither can be called right. The model amplifies rounding errors, or transformers computes "
+            "it otherwise in fp64."
+        ]
     worst = max(result.cases, key=lambda case: _finite(case.base_error / result.allowed_logits(case)))
     if not worst.base_error <= result.allowed_logits(worst):
         return [
             f"wrong base: without the adapter, logits are off by {worst.base_error:.3g} in {worst.name} "
-            f"(allowed {result.allowed_logits(worst):.3g}). The captured base model itself is wrong, or its weights are damaged."
+            f"(allowed {result.allowed_logits(worst):.3g}{_floor(worst.floor_logits, result)}). The ledger says whether its weights are in "
+            "place; where they are, the captured graph computes something else than the model."
         ]
     ceiling = result.tolerance.effect
     visible = [case for case in result.cases if (case.floor_effect or 0.0) <= ceiling]
@@ -206,7 +223,7 @@ def judge(result: Numerics, *, allow_vacuous: bool) -> list[str]:
         else:
             causes.append(
                 f"wrong adapter: its effect is off by {worst.effect_error:.2%} in {worst.name} "
-                f"(allowed {result.allowed_effect(worst):.2%}); along eager's effect it is {worst.effect_scale:.3f} times as strong"
+                f"(allowed {result.allowed_effect(worst):.2%}); along the true effect it is {worst.effect_scale:.3f} times as strong"
             )
     return causes + _judge_logits(result)
 
@@ -219,10 +236,14 @@ def _judge_logits(result: Numerics) -> list[str]:
     for case in result.cases:
         if case.other_token is not None and not case.margin <= result.tie(case):
             causes.append(
-                f"greedy decoding of {case.name} diverges from eager at token {case.other_token}, "
-                f"which eager prefers by {case.margin:.3g} (a tie is at most {result.tie(case):.3g})"
+                f"greedy decoding of {case.name} diverges from PyTorch at token {case.other_token}, "
+                f"which PyTorch prefers by {case.margin:.3g} (a tie is at most {result.tie(case):.3g})"
             )
     return causes
+
+
+def _floor(floor: float | None, result: Numerics) -> str:
+    return "" if floor is None else f"; eager PyTorch in {result.precision} is off by {floor:.3g} there itself"
 
 
 def _finite(value: float) -> float:

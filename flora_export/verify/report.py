@@ -70,21 +70,26 @@ class Report:
 def _table(numerics: Numerics) -> list[str]:
     tolerance = numerics.tolerance
     lines = [
-        f"  numerics: {numerics.precision} against eager PyTorch fp32, prefill and {numerics.steps} cached steps; {numerics.prompts}",
-        f"    allowed: {tolerance.multiple:g} noise floors; at most {tolerance.logits:g} of the largest logit, {tolerance.effect:.1%} of "
-        "the effect",
-        f"    {'case':<24}{'past':>11}{'base error':>12}{'logit error':>13}{'floors':>8}{'max effect':>12}{'effect error':>14}{'floors':>8}"
-        "  greedy tokens",
+        f"  numerics: {numerics.precision} against PyTorch in fp64, prefill and {numerics.steps} cached steps; {numerics.prompts}",
+        f"    allowed: {tolerance.multiple:g} noise floors, which are what eager PyTorch in {numerics.precision} is off by; at most "
+        f"{tolerance.logits:g} of the largest logit, {tolerance.effect:.1%} of the effect",
+        f"    {'case':<24}{'past':>11}{'base error':>12}{'logit error':>13}{'floor':>10}{'floors':>8}{'from eager fp32':>17}"
+        f"{'max effect':>12}{'effect error':>14}{'floors':>8}  greedy tokens",
     ]
     for case in numerics.cases:
         tie = case.margin <= numerics.tie(case)
         greedy = "equal" if case.other_token is None else f"{'tie' if tie else 'differ'} at {case.other_token}"
         lines.append(
             f"    {case.name:<24}{f'{case.past[0]}-{case.past[1]}':>11}{case.base_error:>12.2e}{case.logits_error:>13.2e}"
-            f"{_multiple(case.logits_error, case.floor_logits):>8}{case.largest_effect:>12.2f}{case.effect_error:>14.4%}"
+            f"{_figure(case.floor_logits):>10}{_multiple(case.logits_error, case.floor_logits):>8}{_figure(case.from_eager):>17}"
+            f"{case.largest_effect:>12.2f}{case.effect_error:>14.4%}"
             f"{_multiple(case.effect_error, case.floor_effect):>8}  {greedy}"
         )
     return lines
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
 
 
 def _multiple(error: float, floor: float | None) -> str:

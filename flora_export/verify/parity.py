@@ -1,0 +1,98 @@
+"""An artifact's numbers against PyTorch: the truth is computed, the noise floor measured, the artifact run, and all of it compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+from flora_export.artifact import Artifact, writing
+from flora_export.backends import load_backend
+from flora_export.base_model import BaseModel
+from flora_export.checkpoint import Checkpoint
+from flora_export.ledger import LedgerReport
+from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, ask_eager, compare, expect, expect_near_limit, measure_floors
+from flora_export.verify.golden import write_golden
+from flora_export.verify.localise import block_errors, localise
+from flora_export.verify.prompts import encode_prompts, tokenizer_faults
+from flora_export.verify.report import Report
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+def verify_numerics(
+    artifact: Artifact,
+    base: BaseModel,
+    checkpoint: Checkpoint,
+    *,
+    prompt_file: Path | None,
+    allow_vacuous: bool,
+    golden: bool,
+    progress: Progress,
+) -> Report:
+    """A report whose ledger is still to be filled in. With `golden`, the truth is recorded as golden vectors.
+
+    Raises:
+        FloraExportError: the sources or the artifact cannot be loaded or run.
+    """
+    from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
+
+    precision = artifact.manifest.precision
+    progress("loading eager PyTorch", 0, 1)
+    eager = Reference(base, checkpoint.path)
+    runners = open_runner(artifact), open_runner(artifact, adapter=False)
+    limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
+    longest = min(longest_prompt(base, limits.total), limits.prompt)
+    prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, prompt_file)
+    expected = expect(eager, prompts, lambda done, of: progress("asking PyTorch in fp64", done, of))
+    budget = sum(file.stat().st_size for file in base.weights) // 4
+    near_limit = expect_near_limit(eager, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
+    if golden:
+        with writing(artifact.path):
+            write_golden(expected, artifact.path)
+    progress("measuring the noise floor", 0, 1)
+    runs = [*((item, None) for item in expected), near_limit]
+    ask_eager(eager, runs)
+    hosts = {record.block: record for record in artifact.manifest.blocks}
+    branches = [dataclasses.replace(b, writes=tuple(hosts[b.block].writes)) for b in checkpoint.branches if b.block in hosts]
+    blocks = block_errors(artifact, branches, eager.block_outputs(prompts[0], list(hosts), adapter=True), prompts[0])
+    measure_floors(eager.to_precision(precision), runs, precision)
+    del eager
+    numerics = compare(
+        expected,
+        near_limit,
+        *runners,
+        precision=precision,
+        source=source,
+        allow_vacuous=allow_vacuous,
+        progress=lambda done, of: progress("comparing with PyTorch", done, of),
+    )
+    numerics.causes += tokenizer_faults(artifact, base)
+    return Report(LedgerReport(), numerics, blocks=blocks, environment=environment(*runners))
+
+
+def first_divergence(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
+    """Where the build goes wrong, in words."""
+    from flora_export.reference import Reference
+
+    prompts, _ = encode_prompts(artifact.path, base.vocabulary, longest_prompt(base, artifact.manifest.cache_tokens))
+    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
+
+
+def longest_prompt(base: BaseModel, room: int) -> int:
+    """The longest prompt that leaves room for the steps after it; `room` is a cache's or an engine's, or 0."""
+    return max(1, min(base.context, room or base.context) - STEPS - 1)
+
+
+def open_runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
+    """The artifact in its runtime, with its adapter or with that silenced."""
+    runner: Runner = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+    return runner
+
+
+def environment(*runners: Runner) -> dict[str, str]:
+    """The machine, and what the artifact was run in; without its adapter as well, where that is something else."""
+    names = list(dict.fromkeys(runner.runtime for runner in runners))
+    ran = {"runtime": "; without its adapter in ".join(names)} if names else {}
+    return ran | {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
