@@ -29,7 +29,9 @@ PRECISIONS: dict[str, dict[str, str]] = {
 }
 
 
-WINDOW = "flora_export.sliding_window"  # metadata of an Attention node: how many tokens it sees, its own included
+# Metadata of an attention node, for the pass that expresses it.
+WINDOW = "flora_export.sliding_window"  # how many tokens it sees, its own included
+LONGROPE = "flora_export.longrope"  # the original context, beyond which its tables' second part holds
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * base.layers
     scalar = getattr(config, "query_pre_attn_scalar", None)
     tables = _exact_rotary(model, base, config)
+    longrope = _longrope(config)
     for node in model.graph:
         cache = next((v.name for v in node.inputs if v is not None and v.name and v.name.startswith("past_key_values.")), None)
         if cache is None or node.op_type not in ("GroupQueryAttention", "Attention"):
@@ -126,6 +129,8 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
         if node.op_type == "GroupQueryAttention":
             for index, table in enumerate(tables.get(kinds[layer], ()), start=len(node.inputs) - 2):
                 node.replace_input_with(index, table)
+            if longrope:
+                node.metadata_props[LONGROPE] = str(longrope)
         if window and kinds[layer] == "sliding_attention":
             if node.op_type == "GroupQueryAttention":
                 node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", window)
@@ -136,6 +141,13 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
                     f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which {node.op_type} cannot express. "
                     "Windows need GroupQueryAttention: --target cpu --precision fp32, or --target cuda with fp16 or bf16."
                 )
+
+
+def _longrope(config: Any) -> int:
+    """The original context of longrope, beyond which frequencies are others; 0 where they are not."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    original = int(parameters.get("original_max_position_embeddings") or 0) if parameters.get("rope_type") == "longrope" else 0
+    return original if original < config.max_position_embeddings else 0
 
 
 # mobius's names of the modules that hold a pair of rotary tables, by the kind of layer that they serve.

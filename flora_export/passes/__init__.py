@@ -15,6 +15,7 @@ from flora_export.capture import Capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
+from flora_export.passes.choose_rotary import ChooseRotary
 from flora_export.passes.fold_neurons import FoldNeurons
 from flora_export.passes.fuse_backward import FuseBackward
 from flora_export.passes.fuse_forward import FuseForward
@@ -55,7 +56,7 @@ def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse
         FusionError: a branch cannot be attached or fused; the message names it.
     """
     lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
-    run_passes(capture.model, lowered)
+    lowered = run_passes(capture.model, lowered)
     before = operator_counts(capture.model)
     branches = place_branches(capture.model, checkpoint, base, align)
     passes = passes_for(fuse, branches, checkpoint, capture.form)
@@ -89,25 +90,30 @@ def passes_for(fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, fo
 
 def lowering(form: str, cache_tokens: int = 0) -> list[ir.passes.InPlacePass]:
     """The passes that a form of the capture needs before it is what its name says, adapter or not."""
-    return [LowerAttention(cache_tokens)] if form == "tensorrt" else []
+    if form == "tensorrt":
+        return [LowerAttention(cache_tokens)]
+    return [ChooseRotary()] if form in ("cpu", "cuda") else []
 
 
-def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> None:
-    """Run passes in place, and hold the graph's inputs and outputs to their names, types and shapes.
+def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> list[ir.passes.InPlacePass]:
+    """Run passes in place, and hold the graph's inputs and outputs to their names, types and shapes. Returns those that changed the graph.
 
     Raises:
         FusionError: an assumption or a promise of a pass does not hold; the message names the block.
     """
+    changed = []
     for pass_ in passes:
         before = _interface(model)
         try:
-            pass_(model)
+            if pass_(model).modified:
+                changed.append(pass_)
         except (ir.passes.PreconditionError, ir.passes.PostconditionError) as error:
             if isinstance(error.__cause__, FusionError):
                 raise error.__cause__ from error
             raise FusionError(f"{type(pass_).__name__}: {error.__cause__ or error}") from error
         if _interface(model) != before and not (isinstance(pass_, LowerAttention) and pass_.cache_tokens):
             raise FusionError(f"{type(pass_).__name__} changed the graph's inputs or outputs")
+    return changed
 
 
 def _interface(model: ir.Model) -> list[tuple[str | None, str, str]]:
