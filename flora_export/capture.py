@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from flora_export.base_model import BaseModel
+from flora_export.capture_constants import mend_embedding_scale
 from flora_export.errors import BackendError, CheckpointError
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
@@ -95,6 +96,7 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         )
     if form != "weights":  # nobody runs its attention
         _mend_attention(model, base, form, PRECISIONS[form][precision])
+        mend_embedding_scale(model, base)
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, form, precision, package)
 

@@ -18,6 +18,7 @@ FLOORS = {
     "flora_export.branch": 1,
     "flora_export.base_model": 1,
     "flora_export.artifact": 2,
+    "flora_export.capture_constants": 2,
     "flora_export.checkpoint": 2,
     "flora_export.weights": 2,
     "flora_export.ffba": 2,
