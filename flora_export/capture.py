@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from flora_export.base_model import BaseModel
+from flora_export.capture_constants import mend_embedding_scale
 from flora_export.errors import BackendError, CheckpointError
 from flora_export.rotary import rotary_tables
 
@@ -98,6 +99,7 @@ def capture(base: BaseModel, form: str, precision: str) -> Capture:
         )
     if form != "weights":  # nobody runs its attention
         _mend_attention(model, base, form)
+        mend_embedding_scale(model, base)
     model.graph.name = "model"  # mobius puts the path of the base model here, which would make the artifact depend on where it was built
     return Capture(model, form, precision, package)
 

@@ -26,6 +26,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+UNEVEN = SHAPE | {"hidden_size": 80}
 
 FAMILIES: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**SHAPE),
@@ -33,11 +34,12 @@ FAMILIES: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen2": lambda: tf.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=8, max_window_layers=1),  # QKV bias
     "qwen3": lambda: tf.Qwen3Config(**SHAPE, head_dim=16),  # q and k norms
     "mistral": lambda: tf.MistralConfig(**SHAPE, head_dim=16, sliding_window=8),
-    "gemma": lambda: tf.GemmaConfig(**SHAPE, head_dim=16),
+    # Gemma multiplies its embeddings by the root of the width: one with few digits would hide a rounding.
+    "gemma": lambda: tf.GemmaConfig(**UNEVEN, head_dim=16),
     # Norms after the blocks, soft caps; windows shorter than the prompts, and a scale of attention that is not the head size's.
-    "gemma2": lambda: tf.Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=24, sliding_window=8),
+    "gemma2": lambda: tf.Gemma2Config(**UNEVEN, head_dim=16, query_pre_attn_scalar=24, sliding_window=8),
     "gemma3": lambda: tf.Gemma3TextConfig(
-        **SHAPE, head_dim=16, query_pre_attn_scalar=24, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+        **UNEVEN, head_dim=16, query_pre_attn_scalar=24, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi3": lambda: tf.Phi3Config(**SHAPE),  # packed QKV, packed gate_up
     "starcoder2": lambda: tf.Starcoder2Config(**SHAPE),  # MLP without gate, with bias

@@ -20,6 +20,7 @@ FLOORS = {
     "flora_export.rotary": 1,
     "flora_export.exact": 1,
     "flora_export.artifact": 2,
+    "flora_export.capture_constants": 2,
     "flora_export.checkpoint": 2,
     "flora_export.weights": 2,
     "flora_export.ffba": 2,
