@@ -3,7 +3,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Python compiles what it imports, once; pip would compile everything. Where an image tells Python to keep nothing, every start would compile again.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 BASE := models/smollm2
 SERVER := models/tritonserver
 ADAPTER := examples/01_train_ffba/adapter
