@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Python compiles what it imports, once; pip would compile everything. Where an image tells Python to keep nothing, every start would compile again.
+# Python compiles what it imports, once, where pip would compile everything; some images tell it to keep nothing, and it would compile each time.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 BASE := models/smollm2
