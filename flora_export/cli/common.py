@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,15 @@ base_option = click.option("--base", metavar="DIR", help="Base model: a director
 vacuous_option = click.option(
     "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
 )
+
+
+def let_threads_sleep() -> None:
+    """For what imports PyTorch to compare, not to time: its threads sleep while they wait for each other, where they would spin.
+
+    On a core that another program wants as well, a spinning thread keeps out the very one that it waits for, and what takes seconds alone
+    takes minutes. OpenMP reads the variable when PyTorch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def run_command(command: Callable[[], int], as_json: bool) -> None:

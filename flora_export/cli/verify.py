@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command, vacuous_option
+from flora_export.cli.common import (
+    DIRECTORY,
+    base_option,
+    json_option,
+    let_threads_sleep,
+    print_json,
+    progress,
+    run_command,
+    vacuous_option,
+)
 
 
 @click.command()
@@ -35,6 +44,7 @@ def verify(
     """Verify the artifact OUT: its bytes, and its numbers against eager PyTorch."""
 
     def run() -> int:
+        let_threads_sleep()
         from flora_export import pipeline
         from flora_export.artifact import open_artifact
         from flora_export.verify.formats import write_reports
