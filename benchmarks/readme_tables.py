@@ -235,14 +235,13 @@ def verification_section() -> str:
         numbers = f"{base['largest_logit']:.0f} | {base['most_floors_logits']:.1f} | {base['most_floors_effect']:.1f}"
         lines.append(f"| {name} | {base['family']} | {'yes' if base['verified'] else 'no'} | {numbers} |")
     times = "; ".join(
-        f"{precision} {row['now']['seconds']:.0f} s, {row['ratio_seconds']:.2f} times what they took, at {row['ratio_memory']:.2f} times the "
-        "memory"
+        f"{precision} {row['now']['seconds']:.0f} s, {row['ratio_seconds']:.2f} times as long, memory {row['ratio_memory']:.2f} times as much"
         for precision, row in cost["precisions"].items()
     )
     lines += [
         "",
         f"The numbers of SmolLM2 take {times}",
-        f"({cost['environment']['cores']} cores; before is the verification that had fp32 as truth;",
+        f"({cost['environment']['cores']} cores; compared with the verification that had fp32 as truth;",
     ]
     return "\n".join([*lines, "[verify_cost.json](../benchmarks/results/verify_cost.json))."])
 
