@@ -235,15 +235,15 @@ def verification_section() -> str:
         numbers = f"{base['largest_logit']:.0f} | {base['most_floors_logits']:.1f} | {base['most_floors_effect']:.1f}"
         lines.append(f"| {name} | {base['family']} | {'yes' if base['verified'] else 'no'} | {numbers} |")
     times = "; ".join(
-        f"{precision} {row['now']['seconds']:.0f} s, {row['ratio_seconds']:.2f} times as long, memory {row['ratio_memory']:.2f} times as much"
+        f"{precision} {row['now']['seconds']:.0f} s ({row['ratio_seconds']:.2f} times the time, {row['ratio_memory']:.2f} times the memory)"
         for precision, row in cost["precisions"].items()
     )
     lines += [
         "",
-        f"The numbers of SmolLM2 take {times}",
-        f"({cost['environment']['cores']} cores; compared with the verification that had fp32 as truth;",
+        f"Comparing SmolLM2's numbers takes, on {cost['environment']['cores']} cores: {times}.",
+        "The ratios are to the verification that had fp32 as its truth",
     ]
-    return "\n".join([*lines, "[verify_cost.json](../benchmarks/results/verify_cost.json))."])
+    return "\n".join([*lines, "([verify_cost.json](../benchmarks/results/verify_cost.json))."])
 
 
 SECTIONS = {"README.md": section, "docs/method.md": method_section, "docs/verification.md": verification_section}
