@@ -13,7 +13,7 @@ LLAMA_CPP := $(VENV)/llama.cpp
 LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench accuracy readme-tables train cpp-dependencies clean
+.PHONY: demo serve test lint types bench machines accuracy readme-tables train cpp-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -56,6 +56,10 @@ bench: $(VENV)/installed-bench $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)
 	$(BIN)/python benchmarks/engines.py --base $(BASE)
+
+# The verdict of builds, verifications and mutations, and the bytes of artifacts, under settings that make processors compute otherwise.
+machines: $(VENV)/installed-test $(BASE)
+	$(BIN)/python benchmarks/machines.py --base $(BASE)
 
 # FFBA beside LoRA at one budget: trains, scores, times, and writes the table and the plot. Under 45 minutes on two cores.
 # `PRESET=full` compares every method, on a GPU. What is in build/accuracy from a run that was interrupted is not done again.

@@ -1,4 +1,4 @@
-"""Write the measured sections of README.md and docs/method.md from the files under benchmarks/results/.
+"""Write the measured sections of README.md, docs/method.md and docs/verification.md from the files under benchmarks/results/.
 
 python benchmarks/readme_tables.py
 """
@@ -208,7 +208,45 @@ def milliseconds(decode: dict[str, Any], arm: str, metric: str) -> float:
     return next(float(m["median_ms"]) for m in decode["measurements"] if (m["arm"], m["metric"], m["batch"]) == (arm, metric, 1))
 
 
-SECTIONS = {"README.md": section, "docs/method.md": method_section}
+VERIFICATION = ("machines", "other_bases", "verify_cost")
+
+
+def verification_section() -> str:
+    """The matrix of machines, the real base models, and what verification takes."""
+    machines, bases, cost = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in VERIFICATION)
+    lines = ["| setting | right ones that pass | wrong ones that are caught | bytes of the artifacts |", "| --- | --- | --- | --- |"]
+    for name, row in machines["settings"].items():
+        built = row["artifacts"].values()
+        passed, of = row["right_passed"] + sum(a["verified"] for a in built), row["right"] + len(built)
+        lines.append(
+            f"| {name} | {passed} of {of} | {row['wrong_caught']} of {row['wrong']} | {'equal' if row['same_bytes'] else 'differ'} |"
+        )
+    lines += [
+        "",
+        f"[machines.json](../benchmarks/results/machines.json): {machines['processor']}; tiny models of the tests, and SmolLM2 with the",
+        "example's adapter. It names what was set for each row.",
+        "",
+        "Real base models, an adapter of random numbers, fp32 ([other_bases.json](../benchmarks/results/other_bases.json)):",
+        "",
+        "| base model | family | verified | largest logit | most floors, logits | most floors, effect |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, base in bases["bases"].items():
+        numbers = f"{base['largest_logit']:.0f} | {base['most_floors_logits']:.1f} | {base['most_floors_effect']:.1f}"
+        lines.append(f"| {name} | {base['family']} | {'yes' if base['verified'] else 'no'} | {numbers} |")
+    times = "; ".join(
+        f"{precision} {row['now']['seconds']:.0f} s ({row['ratio_seconds']:.2f} times the time, {row['ratio_memory']:.2f} times the memory)"
+        for precision, row in cost["precisions"].items()
+    )
+    lines += [
+        "",
+        f"Comparing SmolLM2's numbers takes, on {cost['environment']['cores']} cores: {times}.",
+        "The ratios are to the verification that had fp32 as its truth",
+    ]
+    return "\n".join([*lines, "([verify_cost.json](../benchmarks/results/verify_cost.json))."])
+
+
+SECTIONS = {"README.md": section, "docs/method.md": method_section, "docs/verification.md": verification_section}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,26 @@ torch.set_num_threads(1)  # tiny models: two workers with a thread each beat one
 SMOLLM2 = Path(os.environ.get("FLORA_SMOLLM2", Path(__file__).parent.parent / "models" / "smollm2"))
 ADAPTER = Path(__file__).parent.parent / "examples" / "01_train_ffba" / "adapter"
 MLP_ADAPTER = ADAPTER.with_name("adapter_mlp")  # of the same example, beside MLPs alone
+
+
+def disturb_frequencies() -> None:
+    """Have eager PyTorch load models whose rotary frequencies are an ulp off, as another processor's power makes them."""
+    from flora_export.reference import Reference
+
+    load = Reference.__init__
+
+    def load_disturbed(self: Reference, *arguments: Any) -> None:
+        load(self, *arguments)
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("inv_freq"):
+                towards = torch.where(torch.arange(len(buffer)) % 2 == 0, torch.inf, 0.0)
+                buffer.copy_(torch.nextafter(buffer, towards))
+
+    Reference.__init__ = load_disturbed  # type: ignore[method-assign]
+
+
+if os.environ.get("FLORA_TEST_DISTURB"):  # benchmarks/machines.py
+    disturb_frequencies()
 
 
 def silent(what: str, done: int, of: int) -> None:

@@ -33,7 +33,7 @@ FLOORS = {
     "flora_export.reference": 3,
     "flora_export.passes": 4,
     "flora_export.ledger": 5,
-    "flora_export.proof": 5,
+    "flora_export.proof": 6,
     "flora_export.backends": 6,
     "flora_export.verify": 7,
     "flora_export.explain": 7,

@@ -34,8 +34,8 @@ class Tolerance:
 
 
 # How far, of the largest logit, eager PyTorch in fp32 may be from the truth. Wider apart, one of the two is wrong, or the model amplifies
-# rounding so much that no artifact of it can be judged.
-DOUBT = 1e-3
+# rounding so much that no artifact of it can be judged. 1e-3 was seen of right ones, at position 25,637, where fp32 turns by 1e-3 too far.
+DOUBT = 2e-2
 
 # The multiple leaves room for other kernels and another order of summation: right artifacts were seen at 1 to 4 floors. In fp32 the floor
 # alone decides, and an adapter scaled by 2 % is far outside it; in bf16 a strong adapter, whose effect saturates, can hide as much.
