@@ -36,8 +36,7 @@ started = time.perf_counter()
 if hasattr(pipeline, "_verify_numerics"):
     report = pipeline._verify_numerics(artifact, base, checkpoint, pipeline.VerifyOptions(), silent)
 else:
-    options = {"prompt_file": None, "allow_vacuous": False, "golden": False, "progress": silent}
-    report = pipeline.verify_numerics(artifact, base, checkpoint, **options)
+    report = pipeline.verify_numerics(artifact, base, checkpoint, pipeline.VerifyOptions(), silent)
 seconds = time.perf_counter() - started
 print(json.dumps({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 """
