@@ -23,8 +23,9 @@ from flora_export.backends.tensorrt.layers import report_layers
 from flora_export.backends.tensorrt.plan import EngineOptions, profiles_for, to_json
 from flora_export.base_model import BaseModel, load_base
 from flora_export.capture import capture
-from flora_export.checkpoint import Checkpoint, load_checkpoint
+from flora_export.checkpoint import Checkpoint
 from flora_export.ledger import write_model
+from flora_export.methods import load_checkpoint
 from flora_export.passes import Attach, FoldNeurons, FuseBackward, FuseForward, lowering, passes_for, place_branches, run_passes
 from flora_export.passes.attach_lora import AttachLora, lora_hosts
 

@@ -223,11 +223,11 @@ def save_sources(base: nn.Module, rank: int, work: Path) -> None:
 def make_decoder(arm: str, work: Path, target: str, precision: str) -> Any:
     """An arm as flora_export builds it, loaded into ONNX Runtime: a `flora_export.backends.onnxruntime.Decoder`."""
     from flora_export.artifact import Artifact
-    from flora_export.backends.onnxruntime import Decoder, write
+    from flora_export.backends.onnxruntime import Decoder, write_graph
     from flora_export.base_model import load_base
     from flora_export.capture import capture
-    from flora_export.checkpoint import load_checkpoint
     from flora_export.ledger import write_model
+    from flora_export.methods import load_checkpoint
     from flora_export.passes import fuse_adapter
 
     out = work / arm
@@ -235,7 +235,8 @@ def make_decoder(arm: str, work: Path, target: str, precision: str) -> Any:
     base = load_base(str(work / "model"))
     checkpoint = load_checkpoint(work / "adapter", base)
     level = ORT_LEVELS[arm]
-    manifest = write(fuse_adapter(capture(base, target, precision), base, checkpoint, level or "none"), out, target)
+    fused = fuse_adapter(capture(base, target, precision), base, checkpoint, level or "none")
+    manifest = write_graph(fused, out, "onnxruntime", target, lambda *_: None)
     if level is None:  # the base model alone, under a manifest like theirs
         write_model(capture(base, target, precision).model, out)
         manifest = replace(manifest, blocks=[], ledger=[])

@@ -112,7 +112,7 @@ class Artifact:
     @property
     def is_checkpoint(self) -> bool:
         """Whether it is a plain Hugging Face checkpoint, with weights [out, in], instead of a graph, with weights [in, out]."""
-        return self.manifest.backend == "hf"
+        return MODEL not in self.manifest.files if self.manifest.files else not self.model.exists()  # without files: being built
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -135,8 +135,8 @@ def open_artifact(path: Path) -> Artifact:
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")
-        needed = {INDEX, "config.json"} if manifest.backend == "hf" else {MODEL, DATA, "config.json"}
-        missing = needed - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
+        needed = {MODEL, DATA} if {MODEL, DATA} & manifest.files.keys() else {INDEX}
+        missing = {*needed, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
         if missing or not (
             manifest.blocks and manifest.ledger and manifest.outputs and manifest.checkpoint["tensors"] and manifest.base["files"]
         ):
@@ -150,7 +150,6 @@ def open_artifact(path: Path) -> Artifact:
 
 
 _VALUES = {
-    "backend": ("onnxruntime", "tensorrt", "hf"),
     "target": ("cpu", "cuda", "any"),
     "precision": ("fp32", "fp16", "bf16"),
     "padding": ("left", "right"),

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from flora_export.artifact import Artifact, open_artifact
-from flora_export.backends import load_backend
+from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel, load_base
-from flora_export.errors import ArtifactError, BackendError, FloraExportError
+from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.verify.arms import Arm, EagerArm, OnnxArm
 from flora_export.verify.build_arms import ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
 from flora_export.verify.latency import BASE, Call, Samples, environment, interleaved, joined, judge_overhead, summarise
@@ -91,8 +91,8 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
     artifact = open_artifact(out)
     manifest, arms, threads = artifact.manifest, _arms(options), options.threads or os.cpu_count() or 1
     base = load_base(base_name or str(manifest.base["name"]))
+    backend_of(artifact).timed(artifact, threads)  # what is wrong with it shows before anything is built
     _check(artifact, base, options)
-    load_backend(manifest.backend).Decoder(artifact, threads=threads)  # what is wrong with it shows before anything is built
     with tempfile.TemporaryDirectory(prefix="flora-export-bench-") as work, ExitStack() as stack:
         checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter")
         built = {}
@@ -125,8 +125,6 @@ def _arms(options: BenchOptions) -> tuple[str, ...]:
 
 def _check(artifact: Artifact, base: BaseModel, options: BenchOptions) -> None:
     """Refuse what cannot be measured, before anything is built."""
-    if artifact.manifest.backend != "onnxruntime":
-        raise BackendError(f"{artifact.path} is for {artifact.manifest.backend}, but only onnxruntime artifacts can be measured yet")
     if base.digests != artifact.manifest.base["files"]:
         raise ArtifactError(
             f"{base.path} is not the base model that {artifact.path} was built from: its SHA-256 is another. "
@@ -152,8 +150,7 @@ def _measure_load(
         progress(f"{where}: loading arms", index, len(order))
         artifact = built[arm].artifact
         assert artifact is not None
-        backend = load_backend(artifact.manifest.backend)
-        runners[arm] = OnnxArm(backend.Bound(backend.Decoder(artifact, threads=threads)))
+        runners[arm] = OnnxArm(backend_of(artifact).timed(artifact, threads))
     gather()
     progress(f"{where}: loading arms", len(order), len(order))
     rng = np.random.default_rng(0)

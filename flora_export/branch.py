@@ -72,6 +72,7 @@ class Branch:
     scale: float
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    keys: str = "base_model.model.{block}.ffba_{matrix}.weight"  # how its checkpoint names a matrix
     padding: int = 0  # zeros beside its rank in the graph, so that the widened projections have a width that the target likes
 
     @property
@@ -87,6 +88,10 @@ class Branch:
     @property
     def forward_matrices(self) -> tuple[str, ...]:
         return self.matrices[:-1]
+
+    def tensor(self, matrix: str) -> str:
+        """Name of a matrix in the checkpoint."""
+        return self.keys.format(block=self.block, matrix=matrix)
 
     def shape(self, matrix: str, width: int) -> tuple[int, int]:
         """Shape of a matrix in torch's layout [out, in], for a model of width d."""

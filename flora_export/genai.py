@@ -30,8 +30,8 @@ class GenaiTokens:
             import onnxruntime_genai as og
         except ImportError as error:
             raise BackendError(f"onnxruntime-genai cannot be imported ({error}): pip install 'flora-export[genai]'") from error
-        if artifact.manifest.backend != "onnxruntime" or not (artifact.path / CONFIG).is_file():
-            raise BackendError(f"ONNX Runtime GenAI runs a graph for ONNX Runtime with a {CONFIG}; {artifact.path} is or has none")
+        if not (artifact.path / CONFIG).is_file():
+            raise BackendError(f"ONNX Runtime GenAI runs a graph for ONNX Runtime with a {CONFIG}; {artifact.path} has none")
         self.limits = Limits(batch=MAX_ROWS)
         if len(rows) > MAX_ROWS:
             raise BackendError(f"ONNX Runtime GenAI takes {MAX_ROWS} prompts at once, not {len(rows)}. Use --runtime decoder.")

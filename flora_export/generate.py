@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from flora_export.artifact import Artifact
-from flora_export.backends import Limits, load_backend
+from flora_export.backends import Limits, Runner, backend_of
 from flora_export.base_model import GENERATION, read_json
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
 from flora_export.genai import GenaiTokens
@@ -112,7 +112,7 @@ class _DecoderTokens:
     """The backend's Decoder, padded on the side that the artifact declares."""
 
     def __init__(self, artifact: Artifact, rows: list[list[int]], *, adapter: bool) -> None:
-        self.decoder: Any = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
+        self.decoder: Runner = backend_of(artifact).decode(artifact, adapter=adapter)
         self.rows = rows
         self.limits = self.decoder.limits
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from flora_export.artifact import DATA, MANIFEST, MODEL, REPORT, Artifact, BlockRecord, LedgerEntry, changed_files
 from flora_export.base_model import BaseModel
-from flora_export.checkpoint import Checkpoint, tensor_name
+from flora_export.checkpoint import Checkpoint
 from flora_export.errors import ArtifactError
 from flora_export.passes import MERGES_SIBLINGS, Fused
 from flora_export.passes.attach import adapter_reader, weight_name
@@ -229,9 +229,9 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
     entries = {entry.tensor: entry for entry in artifact.manifest.ledger if entry.origin == "adapter"}
     for branch in checkpoint.branches:
         for matrix in branch.matrices:
-            entry = entries.get(tensor_name(branch, matrix))
+            entry = entries.get(branch.tensor(matrix))
             if entry is None:
-                report.faults.append(f"{tensor_name(branch, matrix)}: in the checkpoint, but not in the ledger")
+                report.faults.append(f"{branch.tensor(matrix)}: in the checkpoint, but not in the ledger")
                 continue
             if entry.initializer not in initializers:
                 continue  # reported already

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flora_export.artifact import Artifact, changed_files, open_artifact
-from flora_export.backends import load_backend
+from flora_export.backends import PUBLISHED, backend_of
 from flora_export.backends.triton.config import GENERATE, Serving
 from flora_export.backends.triton.models.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
@@ -45,7 +45,7 @@ def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress
         faults = changed_files(staged.artifact)
         if not faults:
             progress("replaying golden vectors", 0, 1)
-            faults = replay(staged.artifact, load_backend(artifact.manifest.backend).Decoder(staged.artifact))
+            faults = replay(staged.artifact, backend_of(artifact).decode(staged.artifact))
         if not faults and GENERATE in staged.models:
             progress("answering golden prompts as `generate` does", 0, 1)
             faults = generation_faults(staged.artifact)
@@ -70,7 +70,9 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
         raise ArtifactError("--no-verify records no golden vectors, and without them no version goes live. Build and verify, then publish.")
     repo.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{repo.name}.artifact-", dir=repo.parent) as scratch:
-        artifact, report = build(ckpt, base_name, Path(scratch) / "out", replace(options, backend="onnxruntime", force=False), progress)
+        artifact, report = build(
+            ckpt, base_name, Path(scratch) / "out", replace(options, backend=PUBLISHED[options.backend], force=False), progress
+        )
         published = publish(artifact, repo, Serving(), progress)
     return open_artifact(repo / "decoder" / str(published.version)), report
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from flora_export.artifact import (
     ENGINE,
@@ -20,18 +20,16 @@ from flora_export.artifact import (
     staged,
     writing,
 )
-from flora_export.backends import load_backend
+from flora_export.backends import Progress, backend_of
 from flora_export.errors import ArtifactError, VerificationError
 from flora_export.verify.golden import replay
 
-if TYPE_CHECKING:
-    from flora_export.backends.tensorrt.plan import EngineOptions
 
-Progress = Callable[[str, int, int], None]  # (what, done, of)
-
-
-def rebuild(path: Path, options: EngineOptions, progress: Progress) -> tuple[Artifact, str]:
+def rebuild(path: Path, given: Mapping[str, Any], progress: Progress) -> tuple[Artifact, str]:
     """Make the engine anew beside the artifact's other files, replay the golden vectors, then trade places with the old artifact.
+
+    Args:
+        given: options of the backend, by name.
 
     Returns the artifact, and what the golden vectors were replayed in.
 
@@ -41,15 +39,14 @@ def rebuild(path: Path, options: EngineOptions, progress: Progress) -> tuple[Art
         VerificationError: the golden vectors differ. The artifact stays as it was.
     """
     old = open_artifact(path)
-    if old.manifest.backend != "tensorrt":
-        raise ArtifactError(f"{path} is for {old.manifest.backend}, which has no engine to rebuild")
+    backend = backend_of(old)
+    options = backend.options(given)
     progress("checking the files", 0, 1)
     faults = [fault for fault in changed_files(old) if not fault.startswith((ENGINE, LAYERS))]
     if faults:
         raise ArtifactError(f"{path} is damaged: {'; '.join(faults)}. Build it again from its checkpoint.")
     if GOLDEN not in old.manifest.files:
         raise ArtifactError(f"{path} has no {GOLDEN}: it was built with --no-verify, so no engine of it can be checked. Build it again.")
-    backend = load_backend("tensorrt")
     with staged(path, force=True) as directory:
         with writing(path):
             _share(path, directory)
@@ -58,7 +55,7 @@ def rebuild(path: Path, options: EngineOptions, progress: Progress) -> tuple[Art
             manifest = backend.rebuild(old, directory, options)
         progress("replaying golden vectors", 0, 1)
         unsealed = Artifact(directory, dataclasses.replace(manifest, files={}))  # the engine may be meant for another machine
-        decoder = backend.Decoder(unsealed)
+        decoder = backend.decode(unsealed)
         wrong = replay(unsealed, decoder)
         if wrong:
             raise VerificationError("\n".join(["FAILED: the new engine is not what was verified; OUT is as it was", *wrong]))

@@ -129,3 +129,10 @@ def _cut(part: Part, axis: int, size: int) -> tuple[Part, Part]:
     head = Part(f"{part.tensor}[:{size}]", part.origin, size, part.scale, read(slice(0, size)))
     tail = Part(f"{part.tensor}[{size}:]", part.origin, part.size - size, part.scale, read(slice(size, None)))
     return head, tail
+
+
+def short(weight: str) -> str:
+    """`model.layers.0.mlp.up_proj.weight_t` -> `up_proj`; a packed one -> `q_proj|k_proj|v_proj`."""
+    return "|".join(
+        name.removesuffix("_t").removesuffix(".weight").rpartition(".")[2] for name in weight.removesuffix("__axis_0__concat_t").split("__")
+    )

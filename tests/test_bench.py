@@ -22,10 +22,10 @@ from flora_export.backends.onnxruntime import Bound, Decoder
 from flora_export.base_model import BaseModel, load_base
 from flora_export.bench import ARMS, BenchOptions, bench, share, whole_numbers
 from flora_export.capture import capture
-from flora_export.checkpoint import load_checkpoint
 from flora_export.cli import main
 from flora_export.errors import FloraExportError, FusionError
 from flora_export.ledger import write_model
+from flora_export.methods import load_checkpoint
 from flora_export.passes import run_passes
 from flora_export.passes.attach_lora import AttachLora, LoraHost, lora_hosts, lora_parameters
 from flora_export.pipeline import BuildOptions, build

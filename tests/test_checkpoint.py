@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flora_export.base_model import load_base
-from flora_export.checkpoint import Checkpoint, load_checkpoint
+from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError
+from flora_export.methods import load_checkpoint
 from tests.families import LAYERS, WIDTH, make_adapter
 
 KEY = "base_model.model.model.layers.0.mlp.ffba_A.weight"
@@ -75,7 +76,7 @@ def test_half_precision_tensors(copy: Path, load: Callable[[Path], Checkpoint], 
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "LORA"}, "peft_type is 'LORA', but only FFBA adapters.*LoRA.*merge_and_unload"),
+    ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING', but the methods that can be exported are FFBA.*merge_and_unload"),
     ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     ({"peft_type": None}, "peft_type is None"),
     ({"r": 0}, "r is 0"),

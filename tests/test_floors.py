@@ -16,6 +16,7 @@ FLOORS = {
     "flora_export": 0,
     "flora_export.errors": 0,
     "flora_export.branch": 1,
+    "flora_export.change": 1,
     "flora_export.base_model": 1,
     "flora_export.rotary": 1,
     "flora_export.exact": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "flora_export.checkpoint": 2,
     "flora_export.weights": 2,
     "flora_export.ffba": 2,
+    "flora_export.methods": 3,
     "flora_export.shards": 3,
     "flora_export.capture": 3,
     "flora_export.reference": 3,
@@ -97,5 +99,5 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_checkpoint_reading_imports_no_torch() -> None:
-    code = "import sys, flora_export.checkpoint\nassert 'torch' not in sys.modules"
+    code = "import sys, flora_export.methods.ffba\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.base_model import load_base
 from flora_export.branch import FORMAT, FORMATS
-from flora_export.checkpoint import load_checkpoint, read_config
 from flora_export.cli import main
 from flora_export.errors import CheckpointError
 from flora_export.ffba import FFBAConfig
+from flora_export.methods import load_checkpoint, read_config
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import ADAPTER, MLP_ADAPTER, silent
 from tests.families import LAYERS

@@ -30,8 +30,8 @@ def build_for(
     align: int | None = None,
     **options: bool,
 ) -> tuple[Artifact, Report]:
-    engine = EngineOptions("rtx", ("8.9",), RANGES, **({"cache": False, "compare_base": False} | options))
-    settings = BuildOptions("tensorrt", precision=precision, cache_tokens=cache_tokens, fuse=fuse, align=align, engine=engine)
+    engine = EngineOptions("rtx", ("8.9",), RANGES, cache_tokens=cache_tokens, **({"cache": False, "compare_base": False} | options))
+    settings = BuildOptions("tensorrt", precision=precision, fuse=fuse, align=align, settings=engine)
     return build(adapter, str(base), out, settings, silent)
 
 
@@ -98,7 +98,7 @@ def test_what_fusion_is_good_for(base: Path, adapter: Path, tmp_path: Path) -> N
 
 def test_explain_lists_the_gemms_with_the_adapters_inside(compared: Artifact) -> None:
     explained = explain(compared.path, None, "both", silent)
-    decode = [gemm for gemm in explained.gemms if gemm["profile"] == "decode"]
+    decode = [gemm for gemm in explained.details["gemms"] if gemm["profile"] == "decode"]
     held = sorted(tensor for gemm in decode for tensor in gemm["adapters"])
     assert held == sorted(compared.manifest.checkpoint["tensors"])  # every adapter tensor is in one GEMM
     text = explained.to_text()

@@ -98,8 +98,10 @@ class Context:
 
 @pytest.fixture(scope="module", params=[0, 60], ids=["growing", "static"])
 def artifact(request: pytest.FixtureRequest, base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    engine = EngineOptions("rtx", ("8.9",), parse_ranges(["prompt=1:16:40 past=1:30:55"]), compare_base=False, cache=False)
-    options = BuildOptions("tensorrt", precision="fp16", cache_tokens=request.param, engine=engine)
+    engine = EngineOptions(
+        "rtx", ("8.9",), parse_ranges(["prompt=1:16:40 past=1:30:55"]), compare_base=False, cache=False, cache_tokens=request.param
+    )
+    options = BuildOptions("tensorrt", precision="fp16", settings=engine)
     return build(adapter, str(base), tmp_path_factory.mktemp("session") / "out", options, silent)[0]
 
 
@@ -163,10 +165,8 @@ def test_verification_keeps_to_what_the_engine_takes(
 ) -> None:
     """As on a machine with a GPU: long prompts, a ragged batch and the near end of the context, within the profiles."""
     backend = load_backend("tensorrt")
-    portable = backend.Decoder
-    monkeypatch.setattr(
-        backend, "Decoder", lambda a, *, adapter=True, **more: decoder if adapter and not more else portable(a, adapter=adapter, **more)
-    )
+    portable = backend.decode
+    monkeypatch.setattr(backend, "decode", lambda a, *, adapter=True: decoder if adapter else portable(a, adapter=adapter))
     report = verify(artifact.path, adapter, str(base), VerifyOptions(), silent)
     assert report.verified, report.to_text()
     assert report.environment["runtime"].startswith("TensorRT-RTX")

@@ -1,12 +1,42 @@
-"""Backends: from the fused graph to files that a runtime loads. One file or folder each, imported when it is asked for."""
+"""Backends: from the fused graph to files that a runtime loads, and back to numbers. One file or folder each, imported when asked for."""
 
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flora_export.errors import BackendError, FloraExportError
+from flora_export.errors import ArtifactError, BackendError, FloraExportError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+    import onnx_ir as ir
+
+    from flora_export.artifact import Artifact, Manifest
+    from flora_export.base_model import BaseModel
+    from flora_export.branch import Branch
+    from flora_export.passes import Fused
+
+    Logits = npt.NDArray[np.float32]
+    Cache = Sequence[tuple[Logits, Logits]]  # keys and values per layer, each [batch, KV heads, past, head size]
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+Golden = Callable[[int], tuple[list[list[int]], int]]  # places of a static cache, or 0 -> (prompts, steps after each)
+
+# name -> module with a BACKEND. A new backend is one file and one line here.
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "flora_export.backends.onnxruntime",
+    "tensorrt": "flora_export.backends.tensorrt",
+    "hf": "flora_export.backends.hf",
+}
+
+# Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).
+PUBLISHED = {"triton": "onnxruntime"}
 
 
 @dataclass(frozen=True)
@@ -18,44 +48,133 @@ class Limits:
     batch: int = 2**31
 
 
-# name -> module with TARGETS, `write(Fused, directory, target, progress) -> Manifest` and `Decoder(Artifact)`. A new backend is one file
-# and one line here.
-BACKENDS: dict[str, str] = {
-    "onnxruntime": "flora_export.backends.onnxruntime",
-    "tensorrt": "flora_export.backends.tensorrt",
-    "hf": "flora_export.backends.hf",
-}
+@dataclass(frozen=True)
+class Plan:
+    """How a backend will build for one model: options that have met the model and the machine. A backend that knows more has its own."""
 
-# Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).
-PUBLISHED = ("triton",)
+    target: str
+    form: str  # of the capture
+    align: int  # ranks are padded with zeros to a multiple of it
+    cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
 
 
-def load_backend(name: str) -> ModuleType:
+class Runner(Protocol):
+    """An artifact in its runtime, which `runtime` names, decoding a batch of prompts with a KV cache."""
+
+    runtime: str
+    limits: Limits
+
+    def start(self, prompts: list[list[int]]) -> list[Logits]:
+        """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""
+
+    def step(self, tokens: list[int]) -> Logits:
+        """Decode one token of each row. Returns logits [batch, vocabulary]."""
+
+    def resume(self, cache: Cache) -> None:
+        """Go on after a KV cache, no row padded."""
+
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """(KV heads, head size) of each layer."""
+
+
+class Backend(ABC):
+    """One runtime: what it builds for, how it writes an artifact, and how it runs one. What is above asks for no more than this."""
+
+    name: str
+    targets: Mapping[str, str]  # target -> form of the capture; the first is built for where none is named
+    aligned: Mapping[str, int] = {}  # precision -> the multiple that ranks are padded to; 1 where it is silent
+    runs_graph = True  # whether a graph that is not finished yet can be run, to find where a build goes wrong
+
+    def form(self, target: str) -> str:
+        """The form of the capture for a target. Raises FloraExportError where the backend does not build for it."""
+        if target not in self.targets:
+            raise FloraExportError(f"backend {self.name} does not build for {target}; it builds for {', '.join(self.targets)}")
+        return self.targets[target]
+
+    def options(self, given: Mapping[str, Any]) -> Any:
+        """The backend's own options, from what a user gave by name: what `prepare` and `rebuild` take.
+
+        Raises:
+            FloraExportError: one of them is unknown to this backend, or its value cannot be.
+        """
+        for name in given:
+            raise FloraExportError(f"--{name.replace('_', '-')} is no option of --backend {self.name}")
+
+    def prepare(self, base: BaseModel, target: str | None, precision: str, align: int | None, options: Any, golden: Golden) -> Plan:
+        """Check all that can be checked before anything large is read. What is None is chosen by the backend.
+
+        Args:
+            golden: the prompts that the artifact must replay.
+
+        Raises:
+            BackendError: a tool or machine that the backend needs is not there.
+            FloraExportError: an option that cannot be.
+        """
+        chosen = target or next(iter(self.targets))
+        return Plan(chosen, self.form(chosen), self.aligned.get(precision, 1) if align is None else align)
+
+    @abstractmethod
+    def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
+        """Write an artifact's files into a directory. Returns its manifest, still without the files' hashes.
+
+        Raises:
+            FusionError: this backend cannot write such a model; the message says why, and what can.
+            BackendError: a tool refuses.
+        """
+
+    @abstractmethod
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Runner:
+        """The artifact in its runtime, with its adapter or with its branches silenced. `threads` 0 leaves them to the runtime.
+
+        Raises:
+            BackendError: the runtime is not there, or refuses the artifact.
+        """
+
+    @abstractmethod
+    def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
+        """What each branch's block returns for one prompt, [tokens, d], and the artifact's name for it, by block; without what is lost."""
+
+    def timed(self, artifact: Artifact, threads: int) -> Any:
+        """The artifact as the benchmark runs it, without copies to the host. Raises BackendError where this backend cannot be timed yet."""
+        raise BackendError(f"{artifact.path} is for {self.name}, but only onnxruntime artifacts can be measured yet")
+
+    def explain(self, artifact: Artifact) -> tuple[dict[str, Any], list[str]]:
+        """What the backend knows of an artifact beyond its ledger: for programs, and for the eye. Raises ArtifactError."""
+        return {}, []
+
+    def lint(self, model: ir.Model) -> list[str]:
+        """What the runtime would refuse, drop or get wrong in a graph, a line each."""
+        return []
+
+    def rebuild(self, artifact: Artifact, directory: Path, options: Any) -> Manifest:
+        """Compile an artifact anew into a directory that has its other files. Raises ArtifactError where there is nothing to compile."""
+        raise ArtifactError(f"{artifact.path} is for {self.name}, which has no engine to rebuild")
+
+
+def load_backend(name: str) -> Backend:
     """Import a backend. Raises BackendError where it, or a package that it needs, is not there."""
     if name not in BACKENDS:
         raise BackendError(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
     try:
-        return importlib.import_module(BACKENDS[name])
+        backend: Backend = importlib.import_module(BACKENDS[name]).BACKEND
     except ImportError as error:
         raise BackendError(
             f"backend {name} needs a package that is not installed ({error}): pip install 'flora-export[cpu]' or [gpu]"
         ) from error
+    return backend
 
 
-def capture_form(backend: str, target: str | None) -> tuple[str, str]:
-    """(target, form of the capture for it). Without a target it is the backend's first.
+def backend_of(artifact: Artifact) -> Backend:
+    """The backend that an artifact was built by.
 
     Raises:
-        FloraExportError: the backend does not build for that target.
+        ArtifactError: the manifest names a backend, or a target of it, that there is not.
+        BackendError: a package that it needs is not there.
     """
-    forms: dict[str, str] = load_backend(backend).TARGETS
-    chosen = target or next(iter(forms))
-    if chosen not in forms:
-        raise FloraExportError(f"backend {backend} does not build for {chosen}; it builds for {', '.join(forms)}")
-    return chosen, forms[chosen]
-
-
-def default_align(backend: str, precision: str) -> int:
-    """To what multiple a backend would have ranks padded: tensor cores want 16 bytes, other targets nothing."""
-    sizes: dict[str, int] = getattr(load_backend(backend), "ALIGN", {})
-    return sizes.get(precision, 1)
+    manifest = artifact.manifest
+    if manifest.backend not in BACKENDS or manifest.target not in load_backend(manifest.backend).targets:
+        raise ArtifactError(
+            f"{artifact.path}: its manifest says backend {manifest.backend!r} and target {manifest.target!r}, which there is not. "
+            "Was it built by a newer flora-export? Build it again."
+        )
+    return load_backend(manifest.backend)

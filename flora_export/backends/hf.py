@@ -20,19 +20,19 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from flora_export.artifact import Artifact, LedgerEntry, Manifest, Tensor
-from flora_export.backends import Limits
+from flora_export.backends import Backend, Limits, Plan, Progress
 from flora_export.backends.hf_layout import branches_in_file, check_neurons, plan, widened
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.base_model import GENERATION, BaseModel, read_json
+from flora_export.branch import Branch
 from flora_export.errors import BackendError
-from flora_export.ledger import Progress, block_records, sha256_of
+from flora_export.ledger import block_records, sha256_of
 from flora_export.passes import Fused
 from flora_export.reference import dynamic_cache, kept_outputs, quiet
 from flora_export.shards import write_shards
 from flora_export.weights import Array, Part
 
-TARGETS = {"any": "weights"}  # target -> form of the capture
 COPIED = (
     GENERATION, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model",
@@ -43,7 +43,23 @@ ELEMENTS = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}  # of the ma
 Logits = npt.NDArray[np.float32]
 
 
-def write(fused: Fused, directory: Path, target: str, progress: Progress | None = None) -> Manifest:
+class HuggingFace(Backend):
+    name = "hf"
+    targets = {"any": "weights"}  # noqa: RUF012  # never written to
+    runs_graph = False  # the graph only tells how weights hang together
+
+    def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
+        return write(fused, directory, plan.target, progress)
+
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Decoder:
+        return Decoder(artifact, adapter=adapter, threads=threads)
+
+    def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
+        values = Decoder(artifact).block_outputs(tokens, [branch.block for branch in branches])
+        return {block: (block, value) for block, value in values.items()}
+
+
+def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Manifest:
     """Write the checkpoint into a directory. Returns the manifest, still without the files' hashes.
 
     Raises:
@@ -60,9 +76,9 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress | None 
         start = stops[name]
         stops[name] = start + part.size
         ledger.append(LedgerEntry(part.tensor, part.origin, name, axis, start, stops[name], part.scale, sha256_of(values)))
-        if progress is not None and start == 0:
+        if start == 0:
             done += 1
-            progress(done, len(tensors))
+            progress("writing", done, len(tensors))
 
     tensors = plan(fused, recipes, note)
     write_shards(directory, tensors)
@@ -135,7 +151,7 @@ class Decoder:
     def _silence(self) -> None:
         parameters = dict(self.model.named_parameters())
         for entry in self.artifact.manifest.ledger:
-            if entry.origin == "adapter" and entry.tensor.endswith(".ffba_B.weight"):
+            if entry.origin == "adapter" and entry.axis == 1:  # what fills columns of a weight [out, in] is a B
                 if entry.initializer not in parameters:
                     raise BackendError(f"{self.artifact.path}: transformers' model has no parameter {entry.initializer}")
                 parameters[entry.initializer].narrow(entry.axis, entry.start, entry.stop - entry.start).zero_()
@@ -182,3 +198,6 @@ class Decoder:
         with kept_outputs({block: modules[block] for block in blocks if block in modules}) as outputs:
             self.start([tokens])
         return outputs
+
+
+BACKEND = HuggingFace()

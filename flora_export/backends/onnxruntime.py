@@ -14,31 +14,55 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from flora_export.artifact import Artifact, Manifest, Tensor
-from flora_export.backends import Limits
+from flora_export.backends import Backend, Limits, Plan, Progress
+from flora_export.backends.exposed import expose
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
+from flora_export.branch import Branch
 from flora_export.errors import BackendError
-from flora_export.ledger import Progress, block_records, write_model
+from flora_export.ledger import block_records, write_model
 from flora_export.passes import Fused
 from flora_export.weights import dims_of
 
-TARGETS = {"cpu": "cpu", "cuda": "cuda"}  # target -> form of the capture
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
 
 Logits = npt.NDArray[np.float32]
 
 
-def write(fused: Fused, directory: Path, target: str, progress: Progress | None = None) -> Manifest:
-    """Write the model and what runtimes need beside it into a directory. Returns the manifest, still without the files' hashes."""
-    return write_graph(fused, directory, "onnxruntime", target, progress)
+class GraphBackend(Backend):
+    """What backends have in common whose artifact holds a graph that ONNX Runtime can run."""
+
+    def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
+        graph, names = expose(artifact.model, branches)
+        decoder = self.decode_graph(artifact, graph)
+        decoder.start([tokens])
+        return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
+
+    def decode_graph(self, artifact: Artifact, graph: bytes) -> Decoder:
+        """Another graph than the artifact's, with the artifact's weights."""
+        return Decoder(artifact, graph=graph)
 
 
-def write_graph(fused: Fused, directory: Path, backend: str, target: str, progress: Progress | None = None) -> Manifest:
-    """The same, for any backend whose artifact holds the graph."""
+class OnnxRuntime(GraphBackend):
+    name = "onnxruntime"
+    targets = {"cpu": "cpu", "cuda": "cuda"}  # noqa: RUF012  # never written to
+
+    def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
+        return write_graph(fused, directory, self.name, plan.target, progress)
+
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Decoder:
+        return Decoder(artifact, adapter=adapter, threads=threads)
+
+    def timed(self, artifact: Artifact, threads: int) -> Bound:
+        return Bound(self.decode(artifact, threads=threads))
+
+
+def write_graph(fused: Fused, directory: Path, backend: str, target: str, progress: Progress) -> Manifest:
+    """Write the model and what runtimes need beside it, for any backend whose artifact holds the graph."""
     model, base = fused.model, fused.base
     blocks = block_records(fused)
-    ledger = write_model(model, directory, progress)
+    ledger = write_model(model, directory, lambda done, of: progress("writing", done, of))
     fused.capture.write_runtime_files(base, directory, target)
     for name in COPIED:
         if (base.path / name).is_file():
@@ -242,7 +266,7 @@ def without_adapter(artifact: Artifact) -> bytes:
     model = ir.load(artifact.model)
     for entry in artifact.manifest.ledger:
         weight = model.graph.initializers.get(entry.initializer)
-        if weight is None or entry.origin != "adapter" or not entry.tensor.endswith(".ffba_B.weight"):
+        if weight is None or entry.origin != "adapter" or entry.axis != 0:  # what fills rows of a weight [in, out] is a B
             continue
         assert weight.dtype is not None
         mask = np.ones(dims_of(weight)[0], weight.dtype.numpy())
@@ -256,3 +280,6 @@ def without_adapter(artifact: Artifact) -> bytes:
             node.replace_input_with(0, silenced.outputs[0])
     graph: bytes = ir.to_proto(model).SerializeToString()
     return graph
+
+
+BACKEND = OnnxRuntime()

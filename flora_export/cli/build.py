@@ -18,7 +18,7 @@ from flora_export.cli.common import (
     run_command,
     vacuous_option,
 )
-from flora_export.cli.engine_options import engine_options, refuse_engine_options
+from flora_export.cli.engine_options import engine_options, given_options
 
 
 @click.command()
@@ -40,6 +40,7 @@ from flora_export.cli.engine_options import engine_options, refuse_engine_option
 @click.pass_context
 def build(
     context: click.Context,
+    /,
     ckpt: Path,
     backend: str,
     base: str | None,
@@ -50,18 +51,9 @@ def build(
     verify: bool,
     allow_vacuous: bool,
     align: int | None,
-    trt_flavor: str,
-    compute_capability: str | None,
-    profile: tuple[str, ...],
-    kv_cache: str,
-    workspace: int | None,
-    timing_cache: str | None,
-    version_compatible: bool,
-    refittable: bool,
-    compare_base: bool,
-    engine_cache: bool,
     force: bool,
     as_json: bool,
+    **engine: object,
 ) -> None:
     """Build an artifact from the adapter CKPT."""
 
@@ -69,26 +61,8 @@ def build(
         let_threads_sleep()
         from flora_export import pipeline
 
-        engine, cache_tokens = None, 0
-        if backend == "tensorrt":
-            plan = load_backend(backend).plan
-            cache_tokens = plan.parse_cache(kv_cache)
-            engine = plan.EngineOptions(
-                flavour=trt_flavor,
-                compute_capabilities=plan.parse_capabilities(compute_capability),
-                ranges=plan.parse_ranges(profile),
-                workspace_mib=workspace,
-                timing_cache=timing_cache,
-                version_compatible=version_compatible,
-                refittable=refittable,
-                compare_base=compare_base,
-                cache=engine_cache,
-            )
-        else:
-            refuse_engine_options(context, backend)
-        options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, align=align, cache_tokens=cache_tokens, engine=engine
-        )
+        settings = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, engine))
+        options = pipeline.BuildOptions(backend, target, precision, fuse, verify, allow_vacuous, force, align=align, settings=settings)
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish
 

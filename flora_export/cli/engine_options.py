@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -47,11 +47,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def refuse_engine_options(context: click.Context, backend: str) -> None:
-    """Raise UsageError where an option of an engine was given to a backend that has none."""
-    bare = click.Command("engine")
-    engine_options(bare)
-    names = {parameter.name for parameter in bare.params}
-    for parameter in context.command.params:
-        if parameter.name in names and context.get_parameter_source(parameter.name or "") != click.core.ParameterSource.DEFAULT:
-            raise click.UsageError(f"{parameter.opts[0]} is for --backend tensorrt, but --backend is {backend}.")
+def given_options(context: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that the user gave: what is silent is the backend's to choose, and it refuses what is not for it."""
+    default = click.core.ParameterSource.DEFAULT
+    return {name: value for name, value in values.items() if context.get_parameter_source(name) != default}

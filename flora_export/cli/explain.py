@@ -23,7 +23,7 @@ def explain(ckpt_or_out: Path, base: str | None, fuse: str, lint: bool, as_json:
         from flora_export import pipeline
 
         if lint:
-            found = pipeline.lint_for_tensorrt(ckpt_or_out, base, fuse, progress())
+            found = pipeline.lint(ckpt_or_out, base, fuse, "tensorrt", progress())
             if as_json:
                 print_json({"ok": not found, "lint": found})
             else:

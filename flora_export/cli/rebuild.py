@@ -23,12 +23,10 @@ def rebuild(out: Path, trt_flavor: str, compute_capability: str | None, engine_c
     """
 
     def run() -> int:
-        from flora_export.backends import load_backend
         from flora_export.rebuild import rebuild as make
 
-        plan = load_backend("tensorrt").plan
-        options = plan.EngineOptions(trt_flavor, plan.parse_capabilities(compute_capability), cache=engine_cache)
-        artifact, ran = make(out, options, progress())
+        given = {"trt_flavor": trt_flavor, "compute_capability": compute_capability, "engine_cache": engine_cache}
+        artifact, ran = make(out, given, progress())
         if as_json:
             print_json({"output": str(out), "engine": artifact.manifest.engine, "runtime": ran, "files": artifact.manifest.files})
         else:

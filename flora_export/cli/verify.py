@@ -48,10 +48,11 @@ def verify(
         from flora_export import pipeline
         from flora_export.artifact import open_artifact
         from flora_export.verify.formats import write_reports
+        from flora_export.verify.parity import VerifyOptions
 
         if base is not None and ckpt is None:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
-        options = pipeline.VerifyOptions(allow_vacuous, prompts, localise=localise)
+        options = VerifyOptions(allow_vacuous, prompts, localise=localise)
         found = pipeline.verify(out, ckpt, base, options, progress())
         write_reports(found, open_artifact(out), report, markdown, junit)
         if as_json:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from flora_export.branch import GATED, Branch
-from flora_export.checkpoint import Checkpoint, tensor_name
+from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.hosts import clone_chain, host_node, neurons
 from flora_export.weights import Array, Part, Stacked, parts_of, zeros
@@ -103,7 +103,7 @@ def _holds(model: ir.Model, branch: Branch, matrix: str) -> bool:
     """Whether a matrix is in the graph: on its own, or within a host that a pass has widened."""
     initializers = model.graph.initializers
     hosts = [initializers[name] for name in (*branch.reads, *branch.writes, weight_name(branch, matrix)) if name in initializers]
-    return any(part.tensor == tensor_name(branch, matrix) for host in hosts for part in parts_of(host)[1])
+    return any(part.tensor == branch.tensor(matrix) for host in hosts for part in parts_of(host)[1])
 
 
 def weight_name(branch: Branch, matrix: str) -> str:
@@ -120,7 +120,7 @@ def _node(operator: str, inputs: Sequence[ir.Value], name: str) -> ir.Node:
 def _part(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType) -> Part:
     """A matrix as it stands in the graph: [in, out], B times s, in the graph's precision."""
     scale = branch.scale if matrix == "B" else 1.0
-    return Part(tensor_name(branch, matrix), "adapter", branch.rank, scale, adapter_reader(checkpoint, branch, matrix, dtype))
+    return Part(branch.tensor(matrix), "adapter", branch.rank, scale, adapter_reader(checkpoint, branch, matrix, dtype))
 
 
 def adapter_reader(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType) -> Callable[[], Array]:

@@ -12,12 +12,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from flora_export.artifact import DATA, Artifact, Manifest
-from flora_export.backends import capture_form
+from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel
 from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.capture import capture
-from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, tensor_name
+from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.ledger import write_model
+from flora_export.methods import load_checkpoint
 from flora_export.passes import fuse_adapter, lowering, run_passes
 from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
 from flora_export.verify.latency import BASE
@@ -49,7 +50,7 @@ def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> C
         branch = Branch(block.block, BLOCK_KINDS[block.block.rpartition(".")[2]], block.activation, block.rank, block.scale)
         for matrix in branch.matrices:
             numbers = rng.standard_normal(branch.shape(matrix, base.width), np.float32)
-            tensors[tensor_name(branch, matrix)] = numbers * np.float32(0.02)
+            tensors[branch.tensor(matrix)] = numbers * np.float32(0.02)
     save_file(tensors, directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(manifest.checkpoint["config"]), encoding="utf-8")
     return load_checkpoint(directory, base)
@@ -67,7 +68,7 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint, 
     if arm in (EAGER, FUSED):
         return Built(out if arm == FUSED else None, adapter)
     manifest = out.manifest
-    captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
+    captured = capture(base, backend_of(out).form(manifest.target), manifest.precision)
     parameters, rank = 0, None
     if arm not in FUSE_LEVELS:
         run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from flora_export.backends import Limits
+from flora_export.backends import Runner
 from flora_export.verify.numerics import TOLERANCES, Expected, Logits, Numerics, difference, judge, measure
 
 STEPS = 16  # cached decode steps per prompt
@@ -30,18 +30,6 @@ class Eager(Protocol):
     def logits(self, tokens: Sequence[int], *, adapter: bool = True, cache: Cache | None = None) -> Logits: ...
     def exact_logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Cache | None = None) -> list[Logits]: ...
     def greedy(self, prompt: Sequence[int], steps: int) -> list[int]: ...
-
-
-class Runner(Protocol):
-    """An artifact in its runtime, which `runtime` names."""
-
-    runtime: str
-    limits: Limits
-
-    def start(self, prompts: list[list[int]]) -> list[Logits]: ...
-    def step(self, tokens: list[int]) -> Logits: ...
-    def resume(self, cache: Cache) -> None: ...
-    def cache_shapes(self) -> list[tuple[int, int]]: ...
 
 
 def expect(eager: Eager, prompts: list[list[int]], progress: Progress) -> list[Expected]:

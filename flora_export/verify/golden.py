@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import GOLDEN, Artifact
+from flora_export.backends import Runner
 from flora_export.errors import ArtifactError
-from flora_export.verify.coverage import Runner, run_forced
+from flora_export.verify.coverage import run_forced
 from flora_export.verify.numerics import TOLERANCES, Expected, Logits
 
 PROMPT_COUNT = 2

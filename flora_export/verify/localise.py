@@ -15,10 +15,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from flora_export.artifact import Artifact
-from flora_export.backends import capture_form, load_backend
+from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.capture import capture
@@ -68,10 +67,11 @@ def localise(
 def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iterator[tuple[str, bool, Path, tuple[Branch, ...]]]:
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
-    if artifact.is_checkpoint:  # its graph is never run; the file is the one stage
+    backend = backend_of(artifact)
+    if not backend.runs_graph:  # the file is the one stage
         yield WRITTEN, True, artifact.path, checkpoint.branches
         return
-    captured = capture(base, capture_form(manifest.backend, manifest.target)[1], manifest.precision)
+    captured = capture(base, backend.form(manifest.target), manifest.precision)
     run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     branches = place_branches(captured.model, checkpoint, base, manifest.align)
     passes = passes_for(manifest.fuse, branches, checkpoint, captured.form)
@@ -88,7 +88,7 @@ def block_errors(artifact: Artifact, branches: Sequence[Branch], expected: dict[
     """Every block's error for one prompt, in the order of layers. `expected` is eager's `block_outputs`."""
     tolerance = TOLERANCES[artifact.manifest.precision].logits
     errors = []
-    outputs = _block_outputs(artifact, branches, tokens)
+    outputs = backend_of(artifact).block_outputs(artifact, branches, tokens)
     for branch in branches:
         if branch.block not in outputs:
             continue
@@ -97,46 +97,3 @@ def block_errors(artifact: Artifact, branches: Sequence[Branch], expected: dict[
         allowed = tolerance * max(1e-3, float(np.abs(want).max()))
         errors.append(BlockError(branch.block, layer, name, float(np.abs(got - want).max()), allowed))
     return errors
-
-
-def _block_outputs(artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Array]]:
-    """What each block returns, [tokens, d], and the name under which the artifact has it."""
-    backend = load_backend(artifact.manifest.backend)
-    if artifact.is_checkpoint:
-        values = backend.Decoder(artifact).block_outputs(tokens, [branch.block for branch in branches])
-        return {block: (block, value) for block, value in values.items()}
-    graph, names = _expose(artifact.model, branches)
-    decoder = backend.Decoder(artifact, graph=graph)
-    decoder.start([tokens])
-    return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
-
-
-def _expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, str]]:
-    """The graph with every block's output as an output, and the names of these by block."""
-    loaded = ir.load(model)
-    graph, names = loaded.graph, {}
-    for branch in branches:
-        weight = graph.initializers.get(branch.writes[0])
-        nodes = [node for node, _ in weight.uses()] if weight is not None else []
-        if weight is None or len(nodes) != 1:
-            continue  # a damaged file: the ledger says so
-        value = _block_output(nodes[0].outputs[0])
-        if value.type is None or value.dtype is None:
-            value.type = ir.TensorType(weight.dtype or ir.DataType.FLOAT)
-        graph.outputs.append(value)
-        names[branch.block] = value.name or ""
-    proto: bytes = ir.to_proto(loaded).SerializeToString()
-    return proto, names
-
-
-def _block_output(value: ir.Value) -> ir.Value:
-    """What the block returns: its last projection's product, after its bias and what an unfused adapter adds."""
-    while True:
-        users = [node for node, _ in value.uses()]
-        if len(users) != 1 or users[0].op_type != "Add":
-            return value
-        (other,) = [v for v in users[0].inputs if v is not value] or [value]
-        adapter = (users[0].name or "").endswith(".ffba_add")
-        if not adapter and not (other is not None and other.is_initializer()):
-            return value  # the residual: no longer the block
-        value = users[0].outputs[0]

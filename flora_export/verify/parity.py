@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from flora_export.artifact import Artifact, writing
-from flora_export.backends import load_backend
+from flora_export.backends import Golden, Progress, Runner, backend_of
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.ledger import LedgerReport
-from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Runner, ask_eager, compare, expect, expect_near_limit, measure_floors
-from flora_export.verify.golden import write_golden
+from flora_export.verify.coverage import LIMIT_STEPS, STEPS, ask_eager, compare, expect, expect_near_limit, measure_floors
+from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
 from flora_export.verify.localise import block_errors, localise
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
-Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    allow_vacuous: bool = False
+    prompts: Path | None = None  # a file of prompts, one a line, instead of those that ship
+    golden: bool = False  # record golden vectors
+    localise: bool = False  # name the first block that diverges even where all is right
 
 
 def verify_numerics(
     artifact: Artifact,
     base: BaseModel,
     checkpoint: Checkpoint,
-    *,
-    prompt_file: Path | None,
-    allow_vacuous: bool,
-    golden: bool,
+    options: VerifyOptions,
     progress: Progress,
 ) -> Report:
-    """A report whose ledger is still to be filled in. With `golden`, the truth is recorded as golden vectors.
+    """A report whose ledger is still to be filled in. With `options.golden`, the truth is recorded as golden vectors.
 
     Raises:
         FloraExportError: the sources or the artifact cannot be loaded or run.
@@ -44,11 +47,11 @@ def verify_numerics(
     runners = open_runner(artifact), open_runner(artifact, adapter=False)
     limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
     longest = min(longest_prompt(base, limits.total), limits.prompt)
-    prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, prompt_file)
+    prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, options.prompts)
     expected = expect(eager, prompts, lambda done, of: progress("asking PyTorch in fp64", done, of))
     budget = sum(file.stat().st_size for file in base.weights) // 4
     near_limit = expect_near_limit(eager, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
-    if golden:
+    if options.golden:
         with writing(artifact.path):
             write_golden(expected, artifact.path)
     progress("measuring the noise floor", 0, 1)
@@ -65,11 +68,32 @@ def verify_numerics(
         *runners,
         precision=precision,
         source=source,
-        allow_vacuous=allow_vacuous,
+        allow_vacuous=options.allow_vacuous,
         progress=lambda done, of: progress("comparing with PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)
     return Report(LedgerReport(), numerics, blocks=blocks, environment=environment(*runners))
+
+
+def replayed(artifact: Artifact, ledger: LedgerReport, progress: Progress) -> Report:
+    """The report of an artifact without its sources: the golden vectors, replayed where the ledger found no fault."""
+    report = Report(ledger, environment=environment())
+    if not ledger.faults:
+        progress("replaying golden vectors", 0, 1)
+        runner = open_runner(artifact)
+        report.replay_faults = replay(artifact, runner)
+        report.environment = environment(runner)
+    return report
+
+
+def golden_prompts(base: BaseModel) -> Golden:
+    """What an artifact of a base model will have to replay: the prompts, by the places of its cache, and the steps after each."""
+
+    def ask(cache_tokens: int) -> tuple[list[list[int]], int]:
+        prompts, _ = encode_prompts(base.path, base.vocabulary, longest_prompt(base, cache_tokens))
+        return prompts[:PROMPT_COUNT], STEPS
+
+    return ask
 
 
 def first_divergence(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, progress: Progress) -> str:
@@ -87,8 +111,7 @@ def longest_prompt(base: BaseModel, room: int) -> int:
 
 def open_runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
     """The artifact in its runtime, with its adapter or with that silenced."""
-    runner: Runner = load_backend(artifact.manifest.backend).Decoder(artifact, adapter=adapter)
-    return runner
+    return backend_of(artifact).decode(artifact, adapter=adapter)
 
 
 def environment(*runners: Runner) -> dict[str, str]:

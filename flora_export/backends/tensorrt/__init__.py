@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,25 @@ from typing import Any
 import onnx_ir as ir
 
 from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact, LedgerEntry, Manifest
-from flora_export.backends.onnxruntime import write_graph
+from flora_export.backends import Golden, Plan, Progress, Runner
+from flora_export.backends.onnxruntime import GraphBackend, write_graph
 from flora_export.backends.tensorrt import cache
 from flora_export.backends.tensorrt.engine import build_engine
+from flora_export.backends.tensorrt.explain import engine_lines
 from flora_export.backends.tensorrt.flavour import Flavour, choose_capabilities, load_flavour, machine_capability, machine_gpu
 from flora_export.backends.tensorrt.layers import Gemm, LayerReport, compare_layers, report_layers
 from flora_export.backends.tensorrt.lint import lint
-from flora_export.backends.tensorrt.plan import EngineOptions, Profile, check_prompts, engine_plan, profiles_for, to_json
+from flora_export.backends.tensorrt.plan import EngineOptions, Profile, check_prompts, engine_plan, profiles_for, read_options, to_json
 from flora_export.backends.tensorrt.portable import PortableDecoder
 from flora_export.base_model import BaseModel, read_json
 from flora_export.capture import capture
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError
-from flora_export.ledger import Progress, planned_entries, write_model
+from flora_export.ledger import planned_entries, write_model
 from flora_export.passes import Fused, lowering, run_passes
-
-TARGETS = {"cuda": "tensorrt"}  # target -> form of the capture
-ALIGN = {"fp16": 8, "bf16": 8}  # tensor cores want widths that are a multiple of 16 bytes
-
-Stage = Callable[[str], None]  # says what is being done
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """With what, for what and how an engine is to be built: options that have met the model and the machine."""
 
     flavour: Flavour
@@ -59,27 +56,70 @@ class Plan:
         }
 
 
-def prepare(options: EngineOptions | None, base: BaseModel, cache_tokens: int, prompts: Sequence[Sequence[int]], steps: int) -> Plan:
-    """Check all that can be checked before anything large is read.
-
-    Args:
-        prompts: the golden ones, which the artifact must replay with `steps` cached steps after each.
-
-    Raises:
-        BackendError: no TensorRT, or no GPU to build for.
-        FloraExportError: a profile, cache, option or compute capability that cannot be.
-    """
-    options = options or EngineOptions()
-    profiles = profiles_for(options.ranges, base.context, cache_tokens)
-    check_prompts(profiles, prompts, steps)
-    flavour = load_flavour(options.flavour)
-    if flavour.name == "rtx" and (options.version_compatible or options.timing_cache):
-        wrong = "--version-compatible: engines are for one version" if options.version_compatible else "--timing-cache: nothing is timed"
-        raise FloraExportError(f"{flavour.title} has no {wrong}. Leave it out, or use --trt-flavor tensorrt.")
-    return Plan(flavour, choose_capabilities(flavour, options.compute_capabilities), profiles, options)
+@dataclass(frozen=True, kw_only=True)
+class EngineBuild(Plan):
+    recipe: Recipe
 
 
-def write(fused: Fused, directory: Path, target: str, progress: Progress | None, plan: Plan, stage: Stage) -> Manifest:
+class TensorRT(GraphBackend):
+    name = "tensorrt"
+    targets = {"cuda": "tensorrt"}  # noqa: RUF012  # never written to
+    aligned = {"fp16": 8, "bf16": 8}  # noqa: RUF012  # tensor cores want widths that are a multiple of 16 bytes
+
+    def options(self, given: Mapping[str, Any]) -> EngineOptions:
+        return read_options(given)
+
+    def prepare(
+        self, base: BaseModel, target: str | None, precision: str, align: int | None, options: EngineOptions | None, golden: Golden
+    ) -> EngineBuild:
+        options = options or EngineOptions()
+        plan = super().prepare(base, target, precision, align, options, golden)
+        profiles = profiles_for(options.ranges, base.context, options.cache_tokens)
+        check_prompts(profiles, *golden(options.cache_tokens))
+        flavour = load_flavour(options.flavour)
+        if flavour.name == "rtx" and (options.version_compatible or options.timing_cache):
+            wrong = (
+                "--version-compatible: engines are for one version" if options.version_compatible else "--timing-cache: nothing is timed"
+            )
+            raise FloraExportError(f"{flavour.title} has no {wrong}. Leave it out, or use --trt-flavor tensorrt.")
+        recipe = Recipe(flavour, choose_capabilities(flavour, options.compute_capabilities), profiles, options)
+        return EngineBuild(plan.target, plan.form, plan.align, options.cache_tokens, recipe=recipe)
+
+    def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
+        assert isinstance(plan, EngineBuild)
+        return write(fused, directory, plan, progress)
+
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Runner:
+        """The engine, where this machine has a GPU; else, or without its adapter, the lowered ONNX on the CPU.
+
+        Raises:
+            BackendError: this machine's GPU or TensorRT is another than the engine's. While an artifact is being built, and has no hashes
+                yet, that is no error: the engine may be meant for another machine.
+        """
+        plan, here = engine_plan(artifact), machine_capability()
+        elsewhere = not artifact.manifest.files and here not in plan.compute_capabilities
+        if adapter and here is not None and not elsewhere:
+            from flora_export.backends.tensorrt.session import EngineDecoder
+
+            return EngineDecoder(artifact)
+        return PortableDecoder(artifact, adapter=adapter, threads=threads)
+
+    def decode_graph(self, artifact: Artifact, graph: bytes) -> PortableDecoder:
+        return PortableDecoder(artifact, graph=graph)
+
+    def explain(self, artifact: Artifact) -> tuple[dict[str, Any], list[str]]:
+        engine_plan(artifact)  # it is sound
+        engine, gemms = artifact.manifest.engine, read_gemms(artifact)
+        return {"engine": engine, "gemms": gemms}, engine_lines(engine, gemms)
+
+    def lint(self, model: ir.Model) -> list[str]:
+        return lint(model)
+
+    def rebuild(self, artifact: Artifact, directory: Path, options: EngineOptions) -> Manifest:
+        return rebuild(artifact, directory, options)
+
+
+def write(fused: Fused, directory: Path, plan: EngineBuild, progress: Progress) -> Manifest:
     """Write the lowered graph and its engine into a directory. Returns the manifest, still without the files' hashes.
 
     Raises:
@@ -88,19 +128,20 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress | None,
     faults = lint(fused.model)
     if faults:
         raise BackendError(f"the graph has what TensorRT does not take: {'; '.join(faults[:5])}")
-    manifest = write_graph(fused, directory, "tensorrt", target, progress)
+    manifest = write_graph(fused, directory, "tensorrt", plan.target, progress)
     (directory / "genai_config.json").unlink(missing_ok=True)  # ONNX Runtime GenAI runs no engine
-    stage(f"building the engine with {plan.flavour.title}")
-    adapted = _compile(plan, directory, manifest, fused.model, manifest.ledger)
+    recipe = plan.recipe
+    progress(f"building the engine with {recipe.flavour.title}", 0, 1)
+    adapted = _compile(recipe, directory, manifest, fused.model, manifest.ledger)
     base = None
-    if plan.options.compare_base:
-        stage("building the base model's engine, to compare")
+    if recipe.options.compare_base:
+        progress("building the base model's engine, to compare", 0, 1)
         bare = capture(fused.base, fused.capture.form, fused.capture.precision).model
         run_passes(bare, lowering(fused.capture.form, fused.cache_tokens))
         with tempfile.TemporaryDirectory(dir=directory) as name:
             write_model(bare, Path(name))
-            base = _compile(plan, Path(name), manifest, bare, planned_entries(bare), keep_engine=False)[1]
-    return _finish(directory, manifest, plan, adapted, base)
+            base = _compile(recipe, Path(name), manifest, bare, planned_entries(bare), keep_engine=False)[1]
+    return _finish(directory, manifest, recipe, adapted, base)
 
 
 def rebuild(artifact: Artifact, directory: Path, options: EngineOptions) -> Manifest:
@@ -121,9 +162,9 @@ def rebuild(artifact: Artifact, directory: Path, options: EngineOptions) -> Mani
         version_compatible=old.version_compatible and flavour.name != "rtx",
         refittable=old.refittable,
     )
-    plan = Plan(flavour, choose_capabilities(flavour, options.compute_capabilities), old.profiles, kept)
-    adapted = _compile(plan, directory, manifest, ir.load(directory / MODEL), manifest.ledger)
-    made = _finish(directory, manifest, plan, adapted, None)
+    recipe = Recipe(flavour, choose_capabilities(flavour, options.compute_capabilities), old.profiles, kept)
+    adapted = _compile(recipe, directory, manifest, ir.load(directory / MODEL), manifest.ledger)
+    made = _finish(directory, manifest, recipe, adapted, None)
     if all(made.engine[key] == manifest.engine[key] for key in ("flavour", "version", "compute_capabilities")):
         made.engine["layers"]["base"] = manifest.engine["layers"]["base"]  # the base model's engine would be the same as well
     return made
@@ -142,45 +183,30 @@ def read_gemms(artifact: Artifact) -> list[dict[str, Any]]:
     return list(gemms)
 
 
-def Decoder(  # each backend has one by this name
-    artifact: Artifact, *, adapter: bool = True, threads: int = 0, graph: bytes | None = None
-) -> Any:
-    """The engine, where this machine has a GPU; else, or without its adapter, or with another graph, the lowered ONNX on the CPU.
-
-    Raises:
-        BackendError: this machine's GPU or TensorRT is another than the engine's. While an artifact is being built, and has no hashes
-            yet, that is no error: the engine may be meant for another machine.
-    """
-    plan, here = engine_plan(artifact), machine_capability()
-    elsewhere = not artifact.manifest.files and here not in plan.compute_capabilities
-    if adapter and graph is None and here is not None and not elsewhere:
-        from flora_export.backends.tensorrt.session import EngineDecoder
-
-        return EngineDecoder(artifact)
-    return PortableDecoder(artifact, adapter=adapter, threads=threads, graph=graph)
-
-
 def _compile(
-    plan: Plan, directory: Path, manifest: Manifest, model: ir.Model, ledger: Sequence[LedgerEntry], *, keep_engine: bool = True
+    recipe: Recipe, directory: Path, manifest: Manifest, model: ir.Model, ledger: Sequence[LedgerEntry], *, keep_engine: bool = True
 ) -> tuple[bytes, LayerReport]:
     """An engine from `model.onnx` in a directory, from the cache where it was built before."""
-    options, key = plan.options, ""
+    options, key = recipe.options, ""
     if options.cache and options.timing_cache is None:  # a file of timings is there to be used, and added to
-        gpu = "" if plan.flavour.name == "rtx" else machine_gpu()
-        key = cache.cache_key(directory / MODEL, directory / DATA, plan.facts() | {"gpu": gpu})
+        gpu = "" if recipe.flavour.name == "rtx" else machine_gpu()
+        key = cache.cache_key(directory / MODEL, directory / DATA, recipe.facts() | {"gpu": gpu})
     known = cache.load(key) if key else None
     if known is None:
-        known = build_engine(plan.flavour, directory / MODEL, manifest.inputs, plan.profiles, plan.capabilities, options)
+        known = build_engine(recipe.flavour, directory / MODEL, manifest.inputs, recipe.profiles, recipe.capabilities, options)
         if key:
             cache.store(key, known[0] if keep_engine else b"", known[1])
     return known[0], report_layers(known[1], model, ledger)
 
 
-def _finish(directory: Path, manifest: Manifest, plan: Plan, adapted: tuple[bytes, LayerReport], base: LayerReport | None) -> Manifest:
+def _finish(directory: Path, manifest: Manifest, recipe: Recipe, adapted: tuple[bytes, LayerReport], base: LayerReport | None) -> Manifest:
     engine, report = adapted
-    names = [profile.name for profile in plan.profiles]
+    names = [profile.name for profile in recipe.profiles]
     (directory / ENGINE).write_bytes(engine)
     gemms = [dataclasses.asdict(gemm) | {"profile": names[int(gemm.profile)]} for gemm in report.gemms]
     (directory / LAYERS).write_text(json.dumps({"gemms": gemms}, indent=1) + "\n", encoding="utf-8")
-    facts = plan.facts() | {"layers": compare_layers(report, base, names)}
-    return dataclasses.replace(manifest, engine=facts, versions=manifest.versions | {plan.flavour.title: plan.flavour.version})
+    facts = recipe.facts() | {"layers": compare_layers(report, base, names)}
+    return dataclasses.replace(manifest, engine=facts, versions=manifest.versions | {recipe.flavour.title: recipe.flavour.version})
+
+
+BACKEND = TensorRT()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class EngineOptions:
     refittable: bool = False
     compare_base: bool = True  # build the base model's engine too, to count what the adapter adds
     cache: bool = True  # keep engines between builds
+    cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class EnginePlan:
         return Limits(prefill.tokens[2], decode.past[2] + 1, prefill.batch[2])
 
 
+def read_options(given: Mapping[str, Any]) -> EngineOptions:
+    """The options of an engine, from what a user gave by name. Raises FloraExportError where one is unknown or cannot be."""
+    known = {name: read(given[name]) for name, (_, read) in _GIVEN.items() if name in given}
+    for name in given.keys() - _GIVEN.keys():
+        raise FloraExportError(f"--{name.replace('_', '-')} is no option of --backend tensorrt")
+    return EngineOptions(**{_GIVEN[name][0]: value for name, value in known.items()})
+
+
 def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
     """`prompt=1:128:2048 batch=1:1:8` -> ranges by name; a single number stands for all three.
 
@@ -114,6 +123,25 @@ def parse_capabilities(text: str | None) -> tuple[str, ...]:
         if not re.fullmatch(r"\d{1,2}\.\d", word):
             raise FloraExportError(f"--compute-capability {word!r}: expected a number such as 8.9")
     return tuple(dict.fromkeys(words))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# How the command line names an option, what it is in EngineOptions, and how it is read.
+_GIVEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "trt_flavor": ("flavour", _as_it_is),
+    "compute_capability": ("compute_capabilities", parse_capabilities),
+    "profile": ("ranges", parse_ranges),
+    "kv_cache": ("cache_tokens", parse_cache),
+    "workspace": ("workspace_mib", _as_it_is),
+    "timing_cache": ("timing_cache", _as_it_is),
+    "version_compatible": ("version_compatible", _as_it_is),
+    "refittable": ("refittable", _as_it_is),
+    "compare_base": ("compare_base", _as_it_is),
+    "engine_cache": ("cache", _as_it_is),
+}
 
 
 def profiles_for(ranges: Mapping[str, Range], context: int, cache_tokens: int) -> tuple[Profile, Profile]:

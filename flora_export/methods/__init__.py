@@ -1,0 +1,89 @@
+"""Adapter methods, one file each: what an adapter on disk does to a base model, as branches and changes of weights.
+
+Checkpoints come from strangers. The configuration is checked first, then every tensor's name, dtype and shape from the header alone,
+against what the method promises for the configuration and the base model; only then are numbers read, and these must be finite.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from safetensors import SafetensorError, safe_open
+
+from flora_export.base_model import BaseModel, file_sha256, load_base, read_json
+from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from flora_export.errors import CheckpointError
+from flora_export.methods.reading import Header, Promise, check_finite, check_header, weights_file
+
+# peft_type -> the module that reads it, imported when such an adapter is. A new method is one file and one line here.
+METHODS: dict[str, str] = {
+    "FFBA": "flora_export.methods.ffba",
+}
+
+
+class Method(Protocol):
+    """What a module of METHODS has. Nothing above this folder knows which one it was."""
+
+    def check_config(self, file: Path, config: dict[str, Any]) -> None:
+        """Check a configuration, and fill in what it leaves unsaid. Raises CheckpointError."""
+
+    def promise(self, path: Path, config: dict[str, Any], base: BaseModel, found: Header) -> Promise:
+        """What a checked configuration says of a base model. `found` is the weights' header, which the caller compares with it.
+
+        Raises:
+            CheckpointError: the adapter does not fit the base model, or does what cannot be exported; with the remedy.
+        """
+
+
+def load_sources(ckpt: Path, base_name: str | None) -> tuple[BaseModel, Checkpoint]:
+    """The adapter and its base model, both checked. Without `base_name` it is the one that the adapter names. Raises CheckpointError."""
+    name = base_name or read_config(ckpt).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
+    base = load_base(name)
+    return base, load_checkpoint(ckpt, base)
+
+
+def load_checkpoint(path: Path, base: BaseModel) -> Checkpoint:
+    """Read and check an adapter for a base model.
+
+    Raises:
+        CheckpointError: anything about it is missing, unknown, of the wrong shape or not finite; the message says what and where.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such adapter directory")
+    config, method = _read(path)
+    weights = weights_file(path)
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+            found = {key: (entry.get_dtype(), tuple(entry.get_shape())) for key, entry in header.items()}
+            promise = method.promise(path, config, base, found)
+            check_header(weights, promise.tensors, base, found)
+            for key in found:
+                check_finite(weights, key, file.get_tensor(key))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights}: not a whole safetensors file ({error}). Copy or save it again.") from error
+    return Checkpoint(path, config, promise.branches, {name: file_sha256(path / name) for name in (CONFIG, WEIGHTS)}, promise.changes)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read and check `adapter_config.json` alone. Raises CheckpointError."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Method]:
+    """The configuration, checked, and its method."""
+    file = path / CONFIG
+    config = read_json(file, "adapter configuration")
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in METHODS:
+        raise CheckpointError(
+            f"{file}: peft_type is {kind!r}, but the methods that can be exported are {', '.join(METHODS)}. "
+            "Many others can be merged into the base model with PEFT's merge_and_unload(), and served as a model of their own."
+        )
+    method = cast("Method", importlib.import_module(METHODS[kind]))
+    method.check_config(file, config)
+    return config, method
