@@ -83,7 +83,7 @@ pipeline.build(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), pipeline.Build
         ("reading the checkpoint", 0),
         ("capturing the base model", 0),
         ("writing", 7),
-        ("comparing with eager PyTorch", 3),
+        ("comparing with PyTorch", 3),
         ("checking the ledger", 0),
     ],
 )
