@@ -12,14 +12,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
+from flora_export.manifest import RECORDS, SCHEMA_VERSION, Manifest, checked
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
@@ -27,75 +26,6 @@ ENGINE = "model.engine"  # of a compiled backend
 LAYERS = "engine.json"  # what that engine is made of
 GOLDEN = "golden.safetensors"
 REPORT = "report.json"  # of the build's verification; the manifest holds no hash of it, so that builds stay byte-identical
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """One source tensor and the slice [start, stop) along `axis` of the initializer that it fills, times `scale`.
-
-    `sha256` is the digest of the slice's bytes, C order, as they came from the source, not from the written file.
-    """
-
-    tensor: str
-    origin: str  # "adapter", "base", "zeros" or "constant"
-    initializer: str
-    axis: int
-    start: int
-    stop: int
-    scale: float
-    sha256: str
-
-
-@dataclass(frozen=True)
-class BlockRecord:
-    """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both."""
-
-    block: str
-    activation: str
-    rank: int
-    scale: float
-    fusion: str
-    reason: str
-    reads: list[str]
-    writes: list[str]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A graph input or output. Dimensions are whole numbers or names."""
-
-    name: str
-    dtype: str
-    shape: list[int | str]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """All that is known of an artifact. Nothing in it depends on when or where it was built."""
-
-    backend: str
-    target: str
-    precision: str
-    fuse: str
-    passes: list[str]
-    padding: str  # side on which ragged prompts are padded: "right" where the graph has GroupQueryAttention, else "left"
-    verified: bool
-    versions: dict[str, str]
-    base: dict[str, Any]  # name, files: SHA-256 by file name
-    checkpoint: dict[str, Any]  # digest, files, config, tensors
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    operators: dict[str, dict[str, int]]  # "before" and "after": how many nodes of each operator
-    blocks: list[BlockRecord]
-    ledger: list[LedgerEntry]
-    align: int = 1  # ranks are padded with zeros to a multiple of it
-    cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
-    engine: dict[str, Any] = field(default_factory=dict)  # of a compiled backend: how its engine was made, and what for
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
-    schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)
@@ -129,16 +59,21 @@ def open_artifact(path: Path) -> Artifact:
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ArtifactError(f"{file}: schema version {version!r}, but this reads {SCHEMA_VERSION}. Build the artifact again.")
-        for key, cls in (("inputs", Tensor), ("outputs", Tensor), ("blocks", BlockRecord), ("ledger", LedgerEntry)):
-            content[key] = [_checked(cls(**item)) for item in content[key]]
-        manifest: Manifest = _checked(Manifest(**content))
+        content.setdefault("changes", [])
+        for key, cls in RECORDS.items():
+            content[key] = [checked(cls(**item)) for item in content[key]]
+        manifest: Manifest = checked(Manifest(**content))
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")
         needed = {MODEL, DATA} if {MODEL, DATA} & manifest.files.keys() else {INDEX}
         missing = {*needed, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
         if missing or not (
-            manifest.blocks and manifest.ledger and manifest.outputs and manifest.checkpoint["tensors"] and manifest.base["files"]
+            (manifest.blocks or manifest.changes)
+            and manifest.ledger
+            and manifest.outputs
+            and manifest.checkpoint["tensors"]
+            and manifest.base["files"]
         ):
             raise ValueError(f"it is incomplete: {', '.join(sorted(missing)) or 'something that every artifact has is empty'}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
@@ -147,31 +82,6 @@ def open_artifact(path: Path) -> Artifact:
         if Path(name).name != name:
             raise ArtifactError(f"{file}: names {name!r}, which leaves the artifact's directory")
     return Artifact(path, manifest)
-
-
-_VALUES = {
-    "target": ("cpu", "cuda", "any"),
-    "precision": ("fp32", "fp16", "bf16"),
-    "padding": ("left", "right"),
-}
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "list": (list,),
-    "dict": (dict,),
-}
-
-
-def _checked(record: Any) -> Any:
-    """A record read from JSON, whose fields must have the annotated types. Raises ValueError."""
-    for each in dataclasses.fields(record):
-        value, kind = getattr(record, each.name), str(each.type).split("[")[0]
-        known = value in _VALUES[each.name] if isinstance(record, Manifest) and each.name in _VALUES else True
-        if not known or not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{type(record).__name__}.{each.name} is {value!r}")
-    return record
 
 
 def seal(path: Path, manifest: Manifest) -> Artifact:

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # teaches numpy the dtype bfloat16
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from flora_export.errors import CheckpointError
@@ -16,6 +18,7 @@ from flora_export.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION = "generation_config.json"
+HEAD = "lm_head.weight"
 MAX_LAYERS = 1000
 MIN_CONTEXT = 32  # tokens: verification needs a prompt and 16 steps
 MAX_JSON_BYTES = 64 * 2**20
@@ -46,6 +49,27 @@ class BaseModel:
         """How many tokens the model takes; `load_base` has checked it, or filled it in."""
         return int(self.config["max_position_embeddings"])
 
+    @cached_property
+    def tensors(self) -> dict[str, Path]:
+        """Which file each of its tensors is in, in the order of files and names."""
+        return {name: file for file in self.weights for name in sorted(_header(file))}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of its tensors."""
+        return {name: shape for file in self.weights for name, shape in sorted(_header(file).items())}
+
+    def read(self, tensor: str) -> npt.NDArray[Any]:
+        """A tensor as its file has it."""
+        with safe_open(self.tensors[tensor], framework="numpy") as file:
+            values: npt.NDArray[Any] = file.get_tensor(tensor)
+        return values
+
+    @property
+    def tied(self) -> bool:
+        """Whether embeddings and head are one table."""
+        return bool(self.config.get("tie_word_embeddings")) or not any(name.endswith(HEAD) for name in self.tensors)
+
     @property
     def vocabulary(self) -> int:
         return int(self.config["vocab_size"])
@@ -54,6 +78,11 @@ class BaseModel:
     def digests(self) -> dict[str, str]:
         """SHA-256 of the configuration and of each weight file, by file name."""
         return {path.name: file_sha256(path) for path in (self.path / "config.json", *self.weights)}
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="numpy") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  # not a dict
 
 
 def load_base(name: str) -> BaseModel:

@@ -13,9 +13,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 Kind = Literal["attention", "mlp"]
+Value = TypeVar("Value")
 
 # The module names that can carry a branch, and what each one is.
 BLOCK_KINDS: dict[str, Kind] = {"self_attn": "attention", "mlp": "mlp"}
@@ -103,9 +104,9 @@ def adapter_scale(alpha: float, rank: int, use_rslora: bool, gain: float) -> flo
     return gain * (alpha / math.sqrt(rank) if use_rslora else alpha / rank)
 
 
-def rank_of(block: str, default: int, rank_pattern: Mapping[str, int]) -> int:
-    """Rank of a block: the first key of `rank_pattern` that matches the end of its name, as PEFT matches it."""
-    for pattern, rank in rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", block):
-            return rank
+def by_pattern(module: str, default: Value, patterns: Mapping[str, Value]) -> Value:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches `rank_pattern`; or the default."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
     return default

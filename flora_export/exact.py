@@ -39,7 +39,9 @@ def in_double(model: nn.Module) -> Iterator[None]:
                     setattr(parent, name, remade)
                     undo.callback(setattr, parent, name, child)
         for module in model.modules():
-            if own := [t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if t.dtype == torch.float32]:
+            tables = [child for child in module.children() if isinstance(child, nn.ParameterDict)]  # they hold, and never run themselves
+            held = [t for each in (module, *tables) for t in (*each.parameters(recurse=False), *each.buffers(recurse=False))]
+            if own := [t for t in held if t.dtype == torch.float32]:
                 before, after = _hooks(own)
                 undo.callback(module.register_forward_pre_hook(before).remove)
                 undo.callback(module.register_forward_hook(after, always_call=True).remove)

@@ -1,13 +1,15 @@
-"""What became of each branch, as a table: fused forward, fused backward, neurons, or not fused and why."""
+"""What became of each branch and of each changed weight, as a table: fused forward, fused backward, neurons, or not fused and why."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from flora_export.artifact import BlockRecord, LedgerEntry
-from flora_export.ledger import LedgerReport
+from flora_export.manifest import BlockRecord, ChangeRecord, LedgerEntry
+from flora_export.proof import LedgerReport
+from flora_export.provenance import read_name
 from flora_export.weights import short
 
 COUNTED = {"GEMMs": ("MatMul", "Gemm"), "Split": ("Split",), "Concat": ("Concat",)}
@@ -18,6 +20,7 @@ class Explanation:
     """An artifact, checked; or the plan for a checkpoint, which has no report."""
 
     blocks: list[BlockRecord]
+    changes: list[ChangeRecord]
     operators: dict[str, dict[str, int]]
     entries: list[LedgerEntry]
     report: LedgerReport | None = None
@@ -39,13 +42,15 @@ class Explanation:
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
             "operators": self.operators,
             "tensors": [dataclasses.asdict(entry) for entry in self.entries if entry.origin == "adapter"],
-            "base": [dataclasses.asdict(entry) for entry in self.entries if entry.origin != "adapter"],
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "changed": [dataclasses.asdict(entry) for entry in self.entries if entry.origin == "changed"],
+            "base": [dataclasses.asdict(entry) for entry in self.entries if entry.origin not in ("adapter", "changed")],
             **({"engine": {}, "gemms": []} | self.details),  # empty where nothing is compiled
         }
 
     def to_text(self) -> str:
         """The same for the eye: a row per block, then the operators, what the backend adds, and the verdict."""
-        lines = [*_table(self.blocks), ""]
+        lines = [*_table(self.blocks), *_changes(self.changes, self.entries), ""]
         for label, names in COUNTED.items():
             before, after = (sum(self.operators[when].get(name, 0) for name in names) for when in ("before", "after"))
             lines.append(f"{label:<7} {before} in the base model, {after} with the adapter")
@@ -59,7 +64,25 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _changes(changes: list[ChangeRecord], entries: list[LedgerEntry]) -> list[str]:
+    """A row for each changed weight: how, and in which initializers it is."""
+    if not changes:
+        return []
+    places: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        if entry.origin == "changed":
+            places[read_name(entry.tensor).tensors[0]].append(f"{short(entry.initializer)}[{entry.start}:{entry.stop}]")
+    width = max(len(change.tensor) for change in changes)
+    lines = [f"{'weight':<{width}}  {'change':<12}  {'rank':>4}  {'scale':>7}  in"]
+    for change in changes:
+        rank = change.rank or "-"
+        lines.append(f"{change.tensor:<{width}}  {change.what:<12}  {rank:>4}  {change.scale:>7g}  {', '.join(places[change.tensor])}")
+    return lines
+
+
 def _table(blocks: list[BlockRecord]) -> list[str]:
+    if not blocks:
+        return []
     width = max(len(block.block) for block in blocks)
     lines = [f"{'block':<{width}}  {'rank':>4}  {'scale':>7}  {'activation':<10}  {'fusion':<16}  hosts"]
     for block in blocks:

@@ -14,9 +14,10 @@ from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.explain import Explanation
-from flora_export.ledger import block_records, check_ledger, load_graph, planned_entries
+from flora_export.ledger import block_records, change_records, load_graph, planned_entries
 from flora_export.methods import load_sources
 from flora_export.passes import fuse_adapter, operator_counts
+from flora_export.proof import check_ledger
 from flora_export.verify.parity import VerifyOptions, environment, first_divergence, golden_prompts, replayed, verify_numerics
 from flora_export.verify.report import Report
 
@@ -109,12 +110,12 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) ->
         progress("checking the ledger", 0, 1)
         manifest, report = artifact.manifest, check_ledger(artifact)
         details, lines = backend_of(artifact).explain(artifact)
-        return Explanation(manifest.blocks, manifest.operators, manifest.ledger, report, manifest.align, details, lines)
+        return Explanation(manifest.blocks, manifest.changes, manifest.operators, manifest.ledger, report, manifest.align, details, lines)
     base, checkpoint = load_sources(path, base_name)
     progress("capturing the base model", 0, 1)
     fused = fuse_adapter(capture(base, "cpu", "fp32"), base, checkpoint, fuse)
     operators = {"before": fused.operators_before, "after": operator_counts(fused.model)}
-    return Explanation(block_records(fused), operators, planned_entries(fused.model))
+    return Explanation(block_records(fused), change_records(checkpoint), operators, planned_entries(fused.model))
 
 
 def lint(path: Path, base_name: str | None, fuse: str, backend_name: str, progress: Progress) -> list[str]:

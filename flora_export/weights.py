@@ -17,7 +17,8 @@ import onnx_ir as ir
 from flora_export.errors import FusionError
 
 Array = npt.NDArray[Any]
-Origin = Literal["adapter", "base", "zeros", "constant"]  # zeros fill a bias or pad a width, constants are sizes and axes
+# changed: a tensor of the base that an adapter has changed; zeros fill a bias or pad a width, constants are sizes and axes
+Origin = Literal["adapter", "base", "changed", "zeros", "constant"]
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,23 @@ def make_adapter(base: Path, directory: Path, seed: int = 1, **config: Any) -> P
     return directory
 
 
+def make_lora(base: Path, directory: Path, seed: int = 1, **config: Any) -> Path:
+    """Save a random LoRA as PEFT writes it: B is no zero, DoRA's magnitudes and the modules that are saved whole have moved."""
+    torch.manual_seed(seed)
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**(defaults | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+            elif "modules_to_save" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|a|>{% endif %}"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from flora_export.artifact import DATA, MODEL, LedgerEntry, open_artifact, seal
+from flora_export.artifact import DATA, MODEL, open_artifact, seal
+from flora_export.manifest import LedgerEntry
 
 
 def edit(out: Path, change: Callable[[LedgerEntry, Any], None], *, forge: bool) -> None:

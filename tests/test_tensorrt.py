@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from flora_export.artifact import Artifact, Manifest, Tensor
+from flora_export.artifact import Artifact
 from flora_export.backends.tensorrt import cache, session
 from flora_export.backends.tensorrt.flavour import Flavour, choose_capabilities, load_flavour
 from flora_export.backends.tensorrt.layers import parse_layers, report_layers
@@ -33,6 +33,7 @@ from flora_export.base_model import load_base
 from flora_export.capture import capture
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
 from flora_export.ledger import planned_entries
+from flora_export.manifest import Manifest, Tensor
 from flora_export.passes import lowering, run_passes
 
 # Plans

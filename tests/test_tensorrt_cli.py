@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from flora_export.artifact import ENGINE, Tensor, open_artifact
+from flora_export.artifact import ENGINE, open_artifact
 from flora_export.backends.tensorrt.engine import build_engine
 from flora_export.backends.tensorrt.flavour import load_flavour
 from flora_export.backends.tensorrt.plan import EngineOptions, profiles_for
 from flora_export.cli import main
 from flora_export.errors import BackendError
+from flora_export.manifest import Tensor
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
 

@@ -16,11 +16,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from flora_export.artifact import DATA, GOLDEN, MANIFEST, Artifact, LedgerEntry, open_artifact, seal
+from flora_export.artifact import DATA, GOLDEN, MANIFEST, Artifact, open_artifact, seal
 from flora_export.branch import FUSE_LEVELS
 from flora_export.errors import ArtifactError, FloraExportError, VerificationError
-from flora_export.ledger import check_ledger
+from flora_export.manifest import LedgerEntry
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
+from flora_export.proof import check_ledger
 from flora_export.verify.report import Report
 from tests.conftest import silent
 from tests.families import FAMILIES, SHAPE, make_adapter, make_base

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx_ir as ir
 
-    from flora_export.artifact import Artifact, Manifest
+    from flora_export.artifact import Artifact
     from flora_export.base_model import BaseModel
     from flora_export.branch import Branch
+    from flora_export.manifest import Manifest
     from flora_export.passes import Fused
 
     Logits = npt.NDArray[np.float32]
@@ -131,6 +132,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path) -> Runner:
+        """The base model as this backend writes it for the artifact's target and precision, in a directory that is there and empty."""
+
+    @abstractmethod
     def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
         """What each branch's block returns for one prompt, [tokens, d], and the artifact's name for it, by block; without what is lost."""
 
@@ -149,6 +154,15 @@ class Backend(ABC):
     def rebuild(self, artifact: Artifact, directory: Path, options: Any) -> Manifest:
         """Compile an artifact anew into a directory that has its other files. Raises ArtifactError where there is nothing to compile."""
         raise ArtifactError(f"{artifact.path} is for {self.name}, which has no engine to rebuild")
+
+
+def check_can_be_silenced(artifact: Artifact) -> None:
+    """Raise FloraExportError where the adapter cannot be taken out of the artifact: it is in the base's own weights."""
+    if artifact.manifest.changes:
+        raise FloraExportError(
+            f"{artifact.path}: its adapter is merged into {len(artifact.manifest.changes)} weights of the base model, so it cannot be left "
+            "out. Run the base model itself."
+        )
 
 
 def load_backend(name: str) -> Backend:

@@ -19,15 +19,16 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from flora_export.artifact import Artifact, LedgerEntry, Manifest, Tensor
-from flora_export.backends import Backend, Limits, Plan, Progress
-from flora_export.backends.hf_layout import branches_in_file, check_neurons, plan, widened
+from flora_export.artifact import Artifact
+from flora_export.backends import Backend, Limits, Plan, Progress, check_can_be_silenced
+from flora_export.backends.hf_layout import branches_in_file, changed, check_base, check_neurons, plan, widened
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.base_model import GENERATION, BaseModel, read_json
 from flora_export.branch import Branch
 from flora_export.errors import BackendError
 from flora_export.ledger import block_records, sha256_of
+from flora_export.manifest import LedgerEntry, Manifest, Tensor
 from flora_export.passes import Fused
 from flora_export.reference import dynamic_cache, kept_outputs, quiet
 from flora_export.shards import write_shards
@@ -54,6 +55,12 @@ class HuggingFace(Backend):
     def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Decoder:
         return Decoder(artifact, adapter=adapter, threads=threads)
 
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path) -> Decoder:
+        precision = artifact.manifest.precision
+        write_shards(directory, plan(base, precision, {}, lambda *_: None))
+        _write_config(base, directory, None, DTYPES[precision])
+        return Decoder(Artifact(directory, artifact.manifest))
+
     def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
         values = Decoder(artifact).block_outputs(tokens, [branch.block for branch in branches])
         return {block: (block, value) for block, value in values.items()}
@@ -65,8 +72,12 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Man
     Raises:
         FusionError: the adapter, or the base model, cannot be written as a plain checkpoint; the message says why and what to do.
     """
-    neurons = check_neurons(fused)
-    more, recipes = widened(fused, neurons)
+    check_base(fused.base)
+    neurons, recipes = None, changed(fused)
+    if fused.branches:
+        neurons = check_neurons(fused)
+        more, wide = widened(fused, neurons)
+        neurons, recipes = neurons + more, recipes | wide
     ledger: list[LedgerEntry] = []
     stops: dict[str, int] = defaultdict(int)
     done = 0
@@ -80,10 +91,10 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Man
             done += 1
             progress("writing", done, len(tensors))
 
-    tensors = plan(fused, recipes, note)
-    write_shards(directory, tensors)
     precision = fused.capture.precision
-    _write_config(fused.base, directory, neurons + more, DTYPES[precision])
+    tensors = plan(fused.base, precision, recipes, note)
+    write_shards(directory, tensors)
+    _write_config(fused.base, directory, neurons, DTYPES[precision])
     for name in COPIED:
         if (fused.base.path / name).is_file():
             shutil.copyfile(fused.base.path / name, directory / name)
@@ -102,11 +113,12 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Man
     )
 
 
-def _write_config(base: BaseModel, directory: Path, neurons: int, dtype: str) -> None:
-    """The base model's config.json, but for its neurons and dtype. Code that it names (`auto_map`) does not come along."""
+def _write_config(base: BaseModel, directory: Path, neurons: int | None, dtype: str) -> None:
+    """The base model's config.json, but for its dtype, and its neurons where these are given. Code (`auto_map`) does not come along."""
     config = read_json(base.path / "config.json", "base model configuration")
     config.pop("auto_map", None)
-    config["intermediate_size"] = neurons
+    if neurons is not None:
+        config["intermediate_size"] = neurons
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:  # older versions of transformers say torch_dtype
         config[key] = dtype
     (directory / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -149,6 +161,7 @@ class Decoder:
 
     @torch.no_grad()
     def _silence(self) -> None:
+        check_can_be_silenced(self.artifact)
         parameters = dict(self.model.named_parameters())
         for entry in self.artifact.manifest.ledger:
             if entry.origin == "adapter" and entry.axis == 1:  # what fills columns of a weight [out, in] is a B

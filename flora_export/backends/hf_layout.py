@@ -21,9 +21,11 @@ from safetensors import safe_open
 
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
+from flora_export.change import WeightChange
 from flora_export.errors import FusionError
 from flora_export.ledger import block_records
 from flora_export.passes import Fused
+from flora_export.passes.change_weights import changed_values
 from flora_export.shards import DTYPES, Planned
 from flora_export.weights import Array, Part, parts_of
 
@@ -33,6 +35,14 @@ _CASTABLE = ("F64", "F32", "F16", "BF16")
 
 Recipe = tuple[int, tuple[Part, ...]]  # axis, parts along it; values are read as they stand in the file
 Note = Callable[[str, int, Part, Array], None]  # (tensor, axis, part, its values)
+
+
+def check_base(base: BaseModel) -> None:
+    """Raise FusionError where the base model is quantized: what is written is of full precision."""
+    if "quantization_config" in base.config:
+        raise FusionError(
+            f"{base.path}/config.json: the base model is quantized, and full-precision neurons do not fit into it. Take its original."
+        )
 
 
 def check_neurons(fused: Fused) -> int:
@@ -55,8 +65,6 @@ def check_neurons(fused: Fused) -> int:
             f"({len(others)} of {len(kinds)} branches are such). {REMEDY}"
         )
     config, where = fused.base.config, f"{fused.base.path}/config.json"
-    if "quantization_config" in config:
-        raise FusionError(f"{where}: the base model is quantized, and full-precision neurons do not fit into it. Take its original.")
     size = config.get("intermediate_size")
     if not isinstance(size, int):
         raise FusionError(f"{where}: intermediate_size is {size!r}, but one whole number for all layers is needed. {REMEDY}")
@@ -69,7 +77,7 @@ def widened(fused: Fused, neurons: int) -> tuple[int, dict[str, Recipe]]:
     Raises:
         FusionError: the base's files do not hold the MLP of each layer under the names and in the shapes that the graph promises.
     """
-    files = base_files(fused.base)
+    files = fused.base.tensors
     more = max(branch.rank for branch in fused.branches)
     template = fused.branches[0]
     by_block = {branch.block: branch for branch in fused.branches}
@@ -165,27 +173,28 @@ def _base_reader(file: Path, tensor: str, dtype: np.dtype, axis: int = 0, start:
     return read
 
 
-def base_files(base: BaseModel) -> dict[str, Path]:
-    """Which file each tensor of the base model is in, in the order of files and names."""
-    found: dict[str, Path] = {}
-    for path in base.weights:
-        with safe_open(path, framework="numpy") as file:
-            found |= dict.fromkeys(sorted(file.keys()), path)
-    return found
+def changed(fused: Fused) -> dict[str, Recipe]:
+    """The recipe of each tensor of the base's files that the adapter changes: the tensor as it becomes."""
+    base, dtype = fused.base, _FLOATS[fused.capture.precision]
+
+    def reader(change: WeightChange) -> Callable[[], Array]:
+        return lambda: changed_values(fused.checkpoint, change, base, dtype)
+
+    return {c.tensor: (0, (Part(c.tensor, "changed", base.shapes[c.tensor][0], c.scale, reader(c)),)) for c in fused.checkpoint.changes}
 
 
-def plan(fused: Fused, recipes: dict[str, Recipe], note: Note) -> list[Planned]:
+def plan(base: BaseModel, precision: str, recipes: dict[str, Recipe], note: Note) -> list[Planned]:
     """Every tensor of the new checkpoint. `note` is given each part as it is read."""
-    return [_planned(fused, name, file, recipes.get(name), note) for name, file in base_files(fused.base).items()]
+    return [_planned(precision, name, file, recipes.get(name), note) for name, file in base.tensors.items()]
 
 
-def _planned(fused: Fused, name: str, file: Path, recipe: Recipe | None, note: Note) -> Planned:
+def _planned(precision: str, name: str, file: Path, recipe: Recipe | None, note: Note) -> Planned:
     with safe_open(file, framework="numpy") as opened:
         header = opened.get_slice(name)
         shape, kind = tuple(header.get_shape()), header.get_dtype()
     if kind not in DTYPES:
         raise FusionError(f"{file}: {name} is {kind}, but a plain checkpoint is written of {', '.join(DTYPES)}. Take the original model.")
-    dtype = np.dtype(_FLOATS[fused.capture.precision] if kind in _CASTABLE else DTYPES[kind])
+    dtype = np.dtype(_FLOATS[precision] if kind in _CASTABLE else DTYPES[kind])
     axis, parts = recipe or (0, (Part(name, "base", shape[0] if shape else 1, 1.0, _base_reader(file, name, dtype)),))
 
     def read() -> Array:

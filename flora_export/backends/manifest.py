@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 
-from flora_export.artifact import BlockRecord, LedgerEntry, Manifest, Tensor
+from flora_export.ledger import change_records
+from flora_export.manifest import BlockRecord, LedgerEntry, Manifest, Tensor
 from flora_export.passes import Fused, operator_counts
 
 PACKAGES = ("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors")
@@ -48,6 +49,7 @@ def describe(
         operators={"before": fused.operators_before, "after": operator_counts(fused.model)},
         blocks=blocks,
         ledger=ledger,
+        changes=change_records(checkpoint),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +14,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from flora_export.artifact import Artifact, Manifest, Tensor
-from flora_export.backends import Backend, Limits, Plan, Progress
+from flora_export.artifact import Artifact
+from flora_export.backends import Backend, Limits, Plan, Progress, Runner, check_can_be_silenced
 from flora_export.backends.exposed import expose
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
+from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
+from flora_export.capture import capture
 from flora_export.errors import BackendError
 from flora_export.ledger import block_records, write_model
-from flora_export.passes import Fused
+from flora_export.manifest import Manifest, Tensor
+from flora_export.passes import Fused, lowering, run_passes
 from flora_export.weights import dims_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -38,6 +42,14 @@ class GraphBackend(Backend):
         decoder = self.decode_graph(artifact, graph)
         decoder.start([tokens])
         return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
+
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path) -> Runner:
+        manifest = artifact.manifest
+        captured = capture(base, self.form(manifest.target), manifest.precision)
+        run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
+        write_model(captured.model, directory)
+        bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[])
+        return self.decode(Artifact(directory, bare), adapter=False)
 
     def decode_graph(self, artifact: Artifact, graph: bytes) -> Decoder:
         """Another graph than the artifact's, with the artifact's weights."""
@@ -263,6 +275,7 @@ def without_adapter(artifact: Artifact) -> bytes:
 
     (Replacing the initializers in the session is not enough: a graph that ONNX Runtime casts to another precision keeps the file's.)
     """
+    check_can_be_silenced(artifact)
     model = ir.load(artifact.model)
     for entry in artifact.manifest.ledger:
         weight = model.graph.initializers.get(entry.initializer)

@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from flora_export.branch import BLOCK_KINDS, rank_of
+from flora_export.branch import BLOCK_KINDS, by_pattern
 from flora_export.ffba.config import FFBAConfig
 from flora_export.ffba.layer import NOT_MERGEABLE, FFBALayer
 
@@ -38,7 +38,7 @@ class FFBAModel(BaseTuner):
             layer = FFBALayer(target, current_key, kind, self._width())
         layer.update_layer(
             adapter_name,
-            rank=rank_of(current_key, peft_config.r, peft_config.rank_pattern),
+            rank=by_pattern(current_key, peft_config.r, peft_config.rank_pattern),
             alpha=peft_config.alpha,
             use_rslora=peft_config.use_rslora,
             gated_gain=peft_config.gated_gain,

@@ -20,6 +20,7 @@ from flora_export.methods.reading import Header, Promise, check_finite, check_he
 # peft_type -> the module that reads it, imported when such an adapter is. A new method is one file and one line here.
 METHODS: dict[str, str] = {
     "FFBA": "flora_export.methods.ffba",
+    "LORA": "flora_export.methods.lora",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_export.base_model import BaseModel
-from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, FORMAT_KEY, GATED, Branch, adapter_scale, format_defaults, rank_of
+from flora_export.branch import ACTIVATIONS, BLOCK_KINDS, FORMAT_KEY, GATED, Branch, adapter_scale, by_pattern, format_defaults
 from flora_export.checkpoint import CONFIG, WEIGHTS
 from flora_export.errors import CheckpointError
 from flora_export.methods.reading import Header, Promise, check_ranks, check_selection, in_layers, matches, number, refuser, whole
@@ -58,7 +58,7 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
             chosen = in_layers(config, layer) and matches(config["target_modules"], block)
             if not chosen or matches(config.get("exclude_modules"), block):
                 continue
-            rank = rank_of(block, config["r"], config["rank_pattern"])
+            rank = by_pattern(block, config["r"], config["rank_pattern"])
             if rank > base.width:
                 raise CheckpointError(f"{path / CONFIG}: rank {rank} of {block} is above the base model's width {base.width}")
             activation = config["attn_activation"] if kind == "attention" else config["mlp_activation"]

@@ -15,6 +15,7 @@ from flora_export.capture import Capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
+from flora_export.passes.change_weights import ChangeWeights
 from flora_export.passes.choose_rotary import ChooseRotary
 from flora_export.passes.fold_neurons import FoldNeurons
 from flora_export.passes.fuse_backward import FuseBackward
@@ -59,7 +60,7 @@ def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse
     lowered = run_passes(capture.model, lowered)
     before = operator_counts(capture.model)
     branches = place_branches(capture.model, checkpoint, base, align)
-    passes = passes_for(fuse, branches, checkpoint, capture.form)
+    passes = passes_for(fuse, branches, checkpoint, capture.form, base)
     run_passes(capture.model, passes)
     passes = lowered + passes
     return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, tuple(type(pass_).__name__ for pass_ in passes), before)
@@ -76,9 +77,17 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in model.graph).items()))
 
 
-def passes_for(fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu") -> list[ir.passes.InPlacePass]:
-    """The passes of a fusion level, in order, for a form of the capture."""
-    order: list[ir.passes.InPlacePass] = [Attach(branches, checkpoint)]  # first: it makes what the others fuse
+def passes_for(
+    fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu", base: BaseModel | None = None
+) -> list[ir.passes.InPlacePass]:
+    """The passes of a fusion level, in order, for a form of the capture. A checkpoint that changes weights needs the base model."""
+    order: list[ir.passes.InPlacePass] = []
+    if checkpoint.changes:
+        assert base is not None
+        order.append(ChangeWeights(checkpoint, base))  # before what widens weights: it knows them as the capture has made them
+    if not branches:
+        return order
+    order.append(Attach(branches, checkpoint))  # it makes what the others fuse
     if fuse == "both":
         order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
     if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from flora_export.artifact import DATA, Artifact, Manifest
+from flora_export.artifact import DATA, Artifact
 from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel
 from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.ledger import write_model
+from flora_export.manifest import Manifest
 from flora_export.methods import load_checkpoint
 from flora_export.passes import fuse_adapter, lowering, run_passes
 from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters

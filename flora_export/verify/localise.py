@@ -7,27 +7,33 @@ the last stage alone, and its modules are looked into.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from flora_export.artifact import Artifact
 from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel
-from flora_export.branch import Branch
+from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.capture import capture
 from flora_export.checkpoint import Checkpoint
-from flora_export.ledger import write_model
+from flora_export.errors import FusionError
+from flora_export.ledger import load_graph, write_model
 from flora_export.passes import lowering, passes_for, place_branches, run_passes
+from flora_export.passes.hosts import find_hosts
 from flora_export.verify.numerics import TOLERANCES
 
 Array = npt.NDArray[np.float32]
 WRITTEN = "written file"
+_BLOCK = re.compile(rf"(?P<block>(?:\w+\.)*layers\.(?P<layer>\d+)\.(?P<name>{'|'.join(BLOCK_KINDS)}))\.")
 
 
 class Blocks(Protocol):
@@ -54,7 +60,7 @@ def localise(
     artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, truth: Blocks, tokens: list[int], progress: Callable[[str, int, int], None]
 ) -> str:
     """The first stage and block that diverge, in words; or that none does, and the fault is after the last block."""
-    blocks = [record.block for record in artifact.manifest.blocks]
+    blocks = [branch.block for branch in observed(artifact, checkpoint, base)]
     expected = {adapter: truth.block_outputs(tokens, blocks, adapter=adapter) for adapter in (False, True)}
     for stage, adapter, directory, branches in _stages(artifact, base, checkpoint):
         progress(f"looking into the {stage}", 0, 1)
@@ -68,20 +74,50 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
     backend = backend_of(artifact)
+    written = observed(artifact, checkpoint, base)
     if not backend.runs_graph:  # the file is the one stage
-        yield WRITTEN, True, artifact.path, checkpoint.branches
+        yield WRITTEN, True, artifact.path, written
         return
     captured = capture(base, backend.form(manifest.target), manifest.precision)
     run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     branches = place_branches(captured.model, checkpoint, base, manifest.align)
-    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form)
+    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, base)
+    looked_at = branches or hosts_of_changes(captured.model, checkpoint, base)
     for index in range(len(passes) + 1):
         if index:
             run_passes(captured.model, passes[index - 1 : index])
         with tempfile.TemporaryDirectory() as name:
             write_model(captured.model, Path(name))
-            yield (f"graph after {type(passes[index - 1]).__name__}" if index else "base graph"), index > 0, Path(name), branches
-    yield WRITTEN, True, artifact.path, branches
+            yield (f"graph after {type(passes[index - 1]).__name__}" if index else "base graph"), index > 0, Path(name), looked_at
+    yield WRITTEN, True, artifact.path, written
+
+
+def observed(artifact: Artifact, checkpoint: Checkpoint, base: BaseModel) -> tuple[Branch, ...]:
+    """The blocks of an artifact that are compared with eager's: those with a branch, or else those in which a weight is changed."""
+    hosts = {record.block: tuple(record.writes) for record in artifact.manifest.blocks}
+    branches = tuple(replace(b, writes=hosts[b.block]) for b in checkpoint.branches if b.block in hosts)
+    if branches or not checkpoint.changes:
+        return branches
+    return hosts_of_changes(None if artifact.is_checkpoint else load_graph(artifact), checkpoint, base)
+
+
+def hosts_of_changes(model: ir.Model | None, checkpoint: Checkpoint, base: BaseModel) -> tuple[Branch, ...]:
+    """A stand-in for each block in which a weight is changed, in the order of layers, with its hosts where there is a graph."""
+    layers = {}
+    for change in checkpoint.changes:
+        match = _BLOCK.match(change.tensor)
+        if match is not None:
+            layers[match["block"]] = (int(match["layer"]), list(BLOCK_KINDS).index(match["name"]))
+    stand_ins = [
+        Branch(block, BLOCK_KINDS[block.rpartition(".")[2]], "identity", 1, 1.0) for block in sorted(layers, key=layers.__getitem__)
+    ]
+    if model is None:
+        return tuple(stand_ins)
+    found: list[Branch] = []
+    for branch in stand_ins:
+        with contextlib.suppress(FusionError):  # a layout that has no last projection of its own
+            found += find_hosts(model, [branch], base.width)
+    return tuple(found)
 
 
 def block_errors(artifact: Artifact, branches: Sequence[Branch], expected: dict[str, Array], tokens: list[int]) -> list[BlockError]:

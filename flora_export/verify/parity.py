@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from flora_export.artifact import Artifact, writing
 from flora_export.backends import Golden, Progress, Runner, backend_of
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
-from flora_export.ledger import LedgerReport
+from flora_export.proof import LedgerReport
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, ask_eager, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
-from flora_export.verify.localise import block_errors, localise
+from flora_export.verify.localise import block_errors, localise, observed
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
@@ -44,7 +44,7 @@ def verify_numerics(
     precision = artifact.manifest.precision
     progress("loading eager PyTorch", 0, 1)
     eager = Reference(base, checkpoint.path)
-    runners = open_runner(artifact), open_runner(artifact, adapter=False)
+    runners = open_runner(artifact), base_runner(artifact, base)
     limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
     longest = min(longest_prompt(base, limits.total), limits.prompt)
     prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, options.prompts)
@@ -57,9 +57,9 @@ def verify_numerics(
     progress("measuring the noise floor", 0, 1)
     runs = [*((item, None) for item in expected), near_limit]
     ask_eager(eager, runs)
-    hosts = {record.block: record for record in artifact.manifest.blocks}
-    branches = [dataclasses.replace(b, writes=tuple(hosts[b.block].writes)) for b in checkpoint.branches if b.block in hosts]
-    blocks = block_errors(artifact, branches, eager.block_outputs(prompts[0], list(hosts), adapter=True), prompts[0])
+    branches = observed(artifact, checkpoint, base)
+    names = [branch.block for branch in branches]
+    blocks = block_errors(artifact, branches, eager.block_outputs(prompts[0], names, adapter=True), prompts[0])
     measure_floors(eager.to_precision(precision), runs, precision)
     del eager
     numerics = compare(
@@ -112,6 +112,14 @@ def longest_prompt(base: BaseModel, room: int) -> int:
 def open_runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
     """The artifact in its runtime, with its adapter or with that silenced."""
     return backend_of(artifact).decode(artifact, adapter=adapter)
+
+
+def base_runner(artifact: Artifact, base: BaseModel) -> Runner:
+    """The artifact's base model: the artifact with its branches silenced, or the base built anew where its weights are changed."""
+    if not artifact.manifest.changes:
+        return open_runner(artifact, adapter=False)
+    with tempfile.TemporaryDirectory(prefix="flora-export-base-") as name:  # the runner keeps what it needs of it
+        return backend_of(artifact).decode_base(artifact, base, Path(name))
 
 
 def environment(*runners: Runner) -> dict[str, str]:

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from flora_export.ledger import LedgerReport
+from flora_export.proof import LedgerReport
 from flora_export.verify.localise import BlockError
 from flora_export.verify.numerics import Numerics
 
@@ -58,6 +58,8 @@ class Report:
                 f"          {ledger.base_tensors_equal} slices equal the base model's own files, "
                 f"{len(ledger.base_tensors_derived)} were derived by the capture"
             )
+        if ledger.changed_tensors_equal:
+            lines.append(f"          {ledger.changed_tensors_equal} changed weights were derived anew from base and adapter, and are equal")
         if self.replay_faults is not None:
             lines.append("  golden vectors: replayed")
         if self.numerics is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact, LedgerEntry, Manifest
+from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact
 from flora_export.backends import Golden, Plan, Progress, Runner
 from flora_export.backends.onnxruntime import GraphBackend, write_graph
 from flora_export.backends.tensorrt import cache
@@ -31,6 +31,7 @@ from flora_export.base_model import BaseModel, read_json
 from flora_export.capture import capture
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError
 from flora_export.ledger import planned_entries, write_model
+from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.passes import Fused, lowering, run_passes
 
 

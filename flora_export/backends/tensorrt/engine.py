@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import Tensor
 from flora_export.backends.tensorrt.flavour import Flavour
 from flora_export.backends.tensorrt.plan import EngineOptions, Profile
 from flora_export.errors import BackendError
+from flora_export.manifest import Tensor
 
 LISTING = "Layers:"  # how the message begins in which the builder lists an engine's layers
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from flora_export.artifact import LedgerEntry
 from flora_export.errors import BackendError
+from flora_export.manifest import LedgerEntry
 from flora_export.weights import dims_of
 
 _NOT_KERNELS = ("ShapeHostToDevice", "shape_call", "Constant")

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flora_export.artifact import Artifact, Tensor
+from flora_export.artifact import Artifact
 from flora_export.backends import Limits
 from flora_export.errors import ArtifactError, FloraExportError
+from flora_export.manifest import Tensor
 
 DEFAULT_PROMPT = 2048  # tokens, or the model's context where that is shorter
 DEFAULT_TOTAL = 4096  # tokens of prompt and answer, likewise

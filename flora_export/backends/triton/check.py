@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import Manifest
 from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE_INPUTS, GENERATE_OUTPUTS, RUNTIMES, describe, parse
+from flora_export.manifest import Manifest
 
 BYTES = {"TYPE_FP32": 4, "TYPE_FP16": 2, "TYPE_BF16": 2, "TYPE_INT64": 8, "TYPE_INT32": 4, "TYPE_BOOL": 1}
 

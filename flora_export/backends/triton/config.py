@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flora_export.artifact import Manifest, Tensor
 from flora_export.errors import BackendError
+from flora_export.manifest import Manifest, Tensor
 
 DECODER, GENERATE = "decoder", "generate"
 CONFIG = "config.pbtxt"

@@ -1,0 +1,122 @@
+"""What `manifest.json` holds, record by record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One source tensor and the slice [start, stop) along `axis` of the initializer that it fills, times `scale`.
+
+    `sha256` is the digest of the slice's bytes, C order, as they came from the source, not from the written file.
+    """
+
+    tensor: str
+    origin: str  # "adapter", "base", "changed", "zeros" or "constant"
+    initializer: str
+    axis: int
+    start: int
+    stop: int
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both."""
+
+    block: str
+    activation: str
+    rank: int
+    scale: float
+    fusion: str
+    reason: str
+    reads: list[str]
+    writes: list[str]
+
+
+@dataclass(frozen=True)
+class ChangeRecord:
+    """A weight of the base that the adapter has changed: how, by which of its tensors, of what rank (0: none) and scale."""
+
+    tensor: str
+    what: str
+    sources: list[str]
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A graph input or output. Dimensions are whole numbers or names."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of an artifact. Nothing in it depends on when or where it was built."""
+
+    backend: str
+    target: str
+    precision: str
+    fuse: str
+    passes: list[str]
+    padding: str  # side on which ragged prompts are padded: "right" where the graph has GroupQueryAttention, else "left"
+    verified: bool
+    versions: dict[str, str]
+    base: dict[str, Any]  # name, files: SHA-256 by file name
+    checkpoint: dict[str, Any]  # digest, files, config, tensors
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    operators: dict[str, dict[str, int]]  # "before" and "after": how many nodes of each operator
+    blocks: list[BlockRecord]
+    ledger: list[LedgerEntry]
+    align: int = 1  # ranks are padded with zeros to a multiple of it
+    cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
+    engine: dict[str, Any] = field(default_factory=dict)  # of a compiled backend: how its engine was made, and what for
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
+    changes: list[ChangeRecord] = field(default_factory=list)  # of the base's weights; written where there are any
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        content = dataclasses.asdict(self)
+        if not self.changes:
+            del content["changes"]
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+# What is a list of records.
+RECORDS: dict[str, type] = {"inputs": Tensor, "outputs": Tensor, "blocks": BlockRecord, "changes": ChangeRecord, "ledger": LedgerEntry}
+
+_VALUES = {
+    "target": ("cpu", "cuda", "any"),
+    "precision": ("fp32", "fp16", "bf16"),
+    "padding": ("left", "right"),
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "list": (list,),
+    "dict": (dict,),
+}
+
+
+def checked(record: Any) -> Any:
+    """A record read from JSON, whose fields must have the annotated types. Raises ValueError."""
+    for each in dataclasses.fields(record):
+        value, kind = getattr(record, each.name), str(each.type).split("[")[0]
+        known = value in _VALUES[each.name] if isinstance(record, Manifest) and each.name in _VALUES else True
+        if not known or not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise ValueError(f"{type(record).__name__}.{each.name} is {value!r}")
+    return record

@@ -1,0 +1,230 @@
+"""check_ledger: the written file is opened again, and each slice must hold the bytes of its tensor.
+
+With the checkpoint and the base model at hand the bytes are derived anew from these: what an adapter has changed, from both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from flora_export.artifact import DATA, MANIFEST, MODEL, REPORT, Artifact, changed_files
+from flora_export.base_model import BaseModel
+from flora_export.checkpoint import Checkpoint
+from flora_export.errors import ArtifactError
+from flora_export.ledger import change_records, load_graph, sha256_of
+from flora_export.manifest import LedgerEntry
+from flora_export.passes.attach import adapter_reader
+from flora_export.passes.change_weights import changed_values
+from flora_export.provenance import read_name
+from flora_export.shards import read_shards
+from flora_export.weights import Array
+
+
+@dataclass
+class LedgerReport:
+    """What the check found. `faults` is empty where every slice holds its tensor."""
+
+    checked: int = 0
+    adapter_tensors: int = 0
+    base_tensors_equal: int = 0  # to the base model's own files, bit for bit
+    changed_tensors_equal: int = 0  # weights that the adapter changes, derived anew from base and adapter, bit for bit
+    base_tensors_derived: list[str] = field(default_factory=list)  # by the capture: no tensor of the base model has its name
+    bytes: dict[str, int] = field(default_factory=dict)  # of the slices, by their origin
+    faults: list[str] = field(default_factory=list)
+
+
+def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base: BaseModel | None = None) -> LedgerReport:
+    """Check the written files against the manifest, and against the sources where these are given.
+
+    Raises:
+        ArtifactError: `model.onnx`, or a checkpoint's shard, cannot be read at all.
+    """
+    report = LedgerReport(faults=changed_files(artifact))
+    initializers = _read_checkpoint(artifact, report) if artifact.is_checkpoint else _initializers(artifact)
+    slices: dict[str, list[LedgerEntry]] = defaultdict(list)
+    for entry in artifact.manifest.ledger:
+        slices[entry.initializer].append(entry)
+    where = "the checkpoint" if artifact.is_checkpoint else MODEL
+    report.faults += [f"initializer {name} is in {where}, but not in the ledger" for name in initializers.keys() - slices.keys()]
+    for name, entries in slices.items():
+        if name not in initializers:
+            report.faults += [f"{entry.tensor}: its initializer {name} is not in {where}" for entry in entries]
+            continue
+        tensor = initializers[name]
+        _check_one(tensor, entries, report)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # unmap the file: else all of it would stand in memory at the end
+    _check_coverage(artifact, report)
+    if checkpoint is not None:
+        _check_checkpoint(artifact, checkpoint, initializers, report)
+    if base is not None:
+        _check_base(artifact, base, initializers, report)
+    if checkpoint is not None and base is not None:
+        _check_changes(artifact, checkpoint, base, initializers, report)
+    return report
+
+
+def _read_checkpoint(artifact: Artifact, report: LedgerReport) -> dict[str, ir.TensorProtocol]:
+    """The tensors of a plain checkpoint. Loaders look for files by name, so one that was not built can come before those that were."""
+    known = {*artifact.manifest.files, MANIFEST, REPORT}
+    report.faults += [f"{file.name} was not built, and a loader may take it" for file in artifact.path.iterdir() if file.name not in known]
+    return read_shards(artifact.path, list(artifact.manifest.files))
+
+
+def _initializers(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
+    model = load_graph(artifact)
+    found: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
+            raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
+        found[name] = tensor
+    return found
+
+
+def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: LedgerReport) -> None:
+    """The slices tile the initializer, and each holds its tensor's bytes."""
+    try:
+        values = tensor.numpy()
+    except Exception as error:  # outside the file, a wrong length, an unknown type
+        report.faults += [f"{entry.tensor}: {tensor.name} cannot be read ({error})" for entry in entries]
+        return
+    values = values.reshape(1) if values.ndim == 0 else values
+    expected = 0
+    for entry in sorted(entries, key=lambda e: e.start):
+        if entry.start != expected or entry.stop <= entry.start or not 0 <= entry.axis < values.ndim or entry.axis != entries[0].axis:
+            report.faults.append(
+                f"{entry.tensor}: slice [{entry.start}, {entry.stop}) of {tensor.name} does not follow the one before it, "
+                f"which ends at {expected}"
+            )
+        expected = entry.stop
+        report.checked += 1
+        report.bytes[entry.origin] = report.bytes.get(entry.origin, 0) + _slice(values, entry).nbytes
+        if entry.origin == "zeros" and np.any(_slice(values, entry)):
+            report.faults.append(f"{tensor.name}: its padding, slice [{entry.start}, {entry.stop}), is not zero")
+        if sha256_of(_slice(values, entry)) != entry.sha256:
+            report.faults.append(
+                f"{entry.tensor}: its bytes are not in {tensor.name}, axis {entry.axis}, slice [{entry.start}, {entry.stop})"
+            )
+    if expected != values.shape[entries[0].axis]:
+        report.faults.append(
+            f"{tensor.name}: the ledger explains {expected} of {values.shape[entries[0].axis]} along axis {entries[0].axis}"
+        )
+
+
+def _slice(values: Array, entry: LedgerEntry) -> Array:
+    index = (slice(None),) * entry.axis + (slice(entry.start, entry.stop),)
+    return np.ascontiguousarray(values[index])
+
+
+def _check_coverage(artifact: Artifact, report: LedgerReport) -> None:
+    """Every adapter tensor has one slice, or goes into one changed weight, which is there and nowhere unchanged."""
+    manifest = artifact.manifest
+    stands = {tensor: {e.initializer for e in entries} for tensor, entries in _by_tensor(artifact, "base").items()}
+    changed = _by_tensor(artifact, "changed")
+    held = Counter(entry.tensor for entry in manifest.ledger if entry.origin == "adapter")
+    for record in manifest.changes:
+        if record.tensor in changed:
+            held.update(record.sources)
+        else:
+            report.faults.append(f"{record.tensor}: the adapter changes it, but the artifact does not hold it changed")
+        report.faults += [f"{record.tensor}: stands unchanged in {name}" for name in sorted(stands.get(record.tensor, ()))]
+    unknown = changed.keys() - {record.tensor for record in manifest.changes}
+    report.faults += [f"{tensor}: is changed, but the manifest does not say by what" for tensor in sorted(unknown)]
+    promised = manifest.checkpoint["tensors"]
+    report.adapter_tensors = len(promised)
+    for tensor in promised:
+        if held[tensor] != 1:
+            report.faults.append(f"{tensor}: has {held[tensor]} slices in the artifact, but must have one")
+    report.faults += [f"{tensor}: in the ledger, but not in the checkpoint" for tensor in held.keys() - set(promised)]
+
+
+def _by_tensor(artifact: Artifact, origin: str) -> dict[str, list[LedgerEntry]]:
+    """The entries of an origin, by each tensor of the base model that they are named for."""
+    found: dict[str, list[LedgerEntry]] = defaultdict(list)
+    for entry in artifact.manifest.ledger:
+        if entry.origin == origin:
+            for tensor in read_name(entry.tensor).tensors:
+                found[tensor].append(entry)
+    return found
+
+
+def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: dict[str, ir.TensorProtocol], report: LedgerReport) -> None:
+    """Derive each adapter tensor from the checkpoint and look for it in its slice."""
+    if checkpoint.digest != artifact.manifest.checkpoint["digest"]:
+        report.faults.append(f"{checkpoint.path} is not the checkpoint that the artifact was built from: its SHA-256 is another")
+    entries = {entry.tensor: entry for entry in artifact.manifest.ledger if entry.origin == "adapter"}
+    for branch in checkpoint.branches:
+        for matrix in branch.matrices:
+            entry = entries.get(branch.tensor(matrix))
+            if entry is None:
+                report.faults.append(f"{branch.tensor(matrix)}: in the checkpoint, but not in the ledger")
+                continue
+            if entry.initializer not in initializers:
+                continue  # reported already
+            dtype = initializers[entry.initializer].dtype
+            values = adapter_reader(checkpoint, branch, matrix, dtype)()
+            if sha256_of(values.T if artifact.is_checkpoint else values) != entry.sha256:
+                report.faults.append(
+                    f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
+                    if matrix == "B"
+                    else f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds"
+                )
+
+
+def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.TensorProtocol], report: LedgerReport) -> None:
+    """Find the base model's own tensors in the artifact. The capture may have derived some (norms, rotary tables): those are listed."""
+    if base.digests != artifact.manifest.base["files"]:
+        report.faults.append(f"{base.path} is not the base model that the artifact was built from: its SHA-256 is another")
+    for entry in artifact.manifest.ledger:
+        if entry.origin != "base" or entry.initializer not in initializers:
+            continue
+        values = _base_values(entry, base, initializers[entry.initializer].dtype)
+        if values is None:
+            report.base_tensors_derived.append(entry.tensor)
+        elif sha256_of(values) == entry.sha256:
+            report.base_tensors_equal += 1
+        else:
+            report.faults.append(f"{entry.tensor}: is not the tensor of the base model's own file")
+
+
+def _base_values(entry: LedgerEntry, base: BaseModel, dtype: ir.DataType) -> Array | None:
+    """The values of a captured weight, from the base model's files, by its name; None where they have no such tensor."""
+    captured = read_name(entry.tensor)
+    if not all(name in base.tensors for name in captured.tensors):
+        return None
+    arrays = [base.read(name).astype(dtype.numpy(), copy=False) for name in captured.tensors]
+    return captured.take(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0), entry.axis)
+
+
+def _check_changes(
+    artifact: Artifact, checkpoint: Checkpoint, base: BaseModel, initializers: dict[str, ir.TensorProtocol], report: LedgerReport
+) -> None:
+    """Derive each changed weight from the base and the adapter, and look for all of it in its slices."""
+    if artifact.manifest.changes != change_records(checkpoint):
+        report.faults.append(f"{checkpoint.path}: changes the base model in another way than the manifest says")
+    entries = _by_tensor(artifact, "changed")
+    for change in checkpoint.changes:
+        rows = np.zeros(base.shapes[change.tensor][0], bool)
+        derived: dict[ir.DataType, Array] = {}
+        wrong = 0
+        for entry in entries[change.tensor]:
+            if entry.initializer not in initializers:
+                continue  # reported already
+            dtype, captured = initializers[entry.initializer].dtype, read_name(entry.tensor)
+            if dtype not in derived:
+                derived[dtype] = changed_values(checkpoint, change, base, dtype.numpy())
+            rows[captured.start : captured.stop] = True
+            wrong += sha256_of(captured.take(derived[dtype], entry.axis)) != entry.sha256
+        if wrong:
+            report.faults.append(f"{change.tensor}: changed by {', '.join(change.sources)}, it is not what the artifact holds")
+        elif not rows.all():
+            report.faults.append(
+                f"{change.tensor}: {int((~rows).sum())} of its {len(rows)} rows are not in the artifact as they are changed"
+            )
+        else:
+            report.changed_tensors_equal += 1
