@@ -188,10 +188,10 @@ def test_wrong_base(adapter: Path, base: Path, tmp_path: Path) -> None:
         load_checkpoint(adapter, load_base(str(shallow)))
 
 
-def test_lora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(target_modules=["q_proj"]))
+def test_another_method_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoHaConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="'LORA'"):
+    with pytest.raises(CheckpointError, match="peft_type is 'LOHA', but the methods that can be exported are FFBA, LORA"):
         load_checkpoint(tmp_path, load_base(str(base)))
 
 
