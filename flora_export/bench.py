@@ -21,6 +21,7 @@ from flora_export.artifact import Artifact, open_artifact
 from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel, load_base
 from flora_export.errors import ArtifactError, FloraExportError
+from flora_export.manifest import Manifest
 from flora_export.verify.arms import Arm, EagerArm, OnnxArm
 from flora_export.verify.build_arms import ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
 from flora_export.verify.latency import BASE, Call, Samples, environment, interleaved, joined, judge_overhead, summarise
@@ -89,19 +90,19 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
         FloraExportError: an unknown arm, numbers beyond the model's context, or another base model than the artifact's.
     """
     artifact = open_artifact(out)
-    manifest, arms, threads = artifact.manifest, _arms(options), options.threads or os.cpu_count() or 1
+    manifest, arms, threads = artifact.manifest, _arms(options, artifact.manifest), options.threads or os.cpu_count() or 1
     base = load_base(base_name or str(manifest.base["name"]))
     backend_of(artifact).timed(artifact, threads)  # what is wrong with it shows before anything is built
     _check(artifact, base, options)
     with tempfile.TemporaryDirectory(prefix="flora-export-bench-") as work, ExitStack() as stack:
-        checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter")
+        checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter") if manifest.blocks else None
         built = {}
         for index, arm in enumerate(arms):
             progress("building arms", index, len(arms))
             built[arm] = build_arm(arm, artifact, base, checkpoint, Path(work) / arm)
         progress("building arms", len(arms), len(arms))
         eager = None
-        if EAGER in arms:
+        if EAGER in arms and checkpoint is not None:
             eager = EagerArm(base, checkpoint, manifest.target, manifest.precision, threads)
             stack.callback(eager.close)
         loads: dict[Series, list[Samples]] = defaultdict(list)
@@ -113,13 +114,21 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
     return _result(artifact, base, built, sizes, options, threads, loads)
 
 
-def _arms(options: BenchOptions) -> tuple[str, ...]:
-    """The arms in the order of ARMS, `base` among them."""
+def _arms(options: BenchOptions, manifest: Manifest) -> tuple[str, ...]:
+    """The arms in the order of ARMS, `base` among them. Of an adapter that is merged into the base's weights there are two."""
     unknown = [arm for arm in options.arms if arm not in ARMS]
     if unknown:
         raise FloraExportError(f"--arms: {', '.join(map(repr, unknown))} is unknown; there are {', '.join(ARMS)}")
     if options.max_overhead is not None and FUSED not in options.arms:
         raise FloraExportError("--max-overhead judges the arm fused: add it to --arms")
+    if manifest.changes:
+        others = [arm for arm in options.arms if arm not in (BASE, FUSED)]
+        if others and options.arms != DEFAULT_ARMS:
+            raise FloraExportError(
+                f"--arms {', '.join(others)}: the adapter is merged into the base's own weights, so there is nothing that could be fused "
+                f"otherwise. Its arms are {BASE}, {FUSED}."
+            )
+        return BASE, FUSED
     return tuple(arm for arm in ARMS if arm in options.arms or arm == BASE)
 
 
@@ -186,9 +195,10 @@ def _result(
 ) -> dict[str, Any]:
     manifest = artifact.manifest
     measurements = [row for series, samples in loads.items() for row in _rows(series, samples)]
-    ranks = sorted({block.rank for block in manifest.blocks})
+    ranks = sorted({block.rank for block in manifest.blocks} | {change.rank for change in manifest.changes if change.rank})
+    method = manifest.checkpoint["config"].get("peft_type")
     what = (
-        f"{base.name}, FFBA rank {', '.join(map(str, ranks))}, {manifest.precision}, {manifest.target}, {threads} threads; "
+        f"{base.name}, {method} rank {', '.join(map(str, ranks))}, {manifest.precision}, {manifest.target}, {threads} threads; "
         f"arms interleaved in one process, so sessions do not spin, and loaded {options.loads} times; "
         "the model alone is timed, on given tokens"
     )

@@ -41,6 +41,7 @@ FLOORS = {
     "flora_export.generate": 8,
     "flora_export.pipeline": 8,
     "flora_export.bench": 8,
+    "flora_export.inspection": 8,
     "flora_export.rebuild": 8,
     "flora_export.publish": 9,
     "flora_export.cli": 10,
@@ -91,7 +92,9 @@ def test_files_stay_short() -> None:
 HEAVY = ("torch", "transformers", "peft", "onnxruntime", "onnx_ir", "mobius", "numpy")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["bench", "--help"], ["triton", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["build", "--help"], ["bench", "--help"], ["inspect", "--help"], ["triton", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom flora_export.cli import main\n"

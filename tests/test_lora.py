@@ -258,3 +258,49 @@ def test_the_same_bytes_however_many_threads(base: Path, lora: Path, built: Path
     for file in built.iterdir():
         if file.name != "report.json":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_inspect_reads_no_weight_of_the_base(lora: Path, base: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(base, tmp_path / "base"))
+    file = bare / "model.safetensors"
+    size = int.from_bytes(file.read_bytes()[:8], "little")
+    file.write_bytes(file.read_bytes()[: 8 + size] + b"\xff" * (file.stat().st_size - 8 - size))  # the header alone is whole
+    run = CliRunner().invoke(main, ["inspect", str(lora), "--base", str(bare)])
+    assert run.exit_code == 0, run.output
+    assert "LORA, 7,424 numbers in 28 tensors (28 F32)" in run.output and "2 weights changed  LoRA, q_proj" in run.output
+    content = json.loads(CliRunner().invoke(main, ["inspect", str(lora), "--base", str(bare), "--json"]).stdout)
+    assert len(content["changes"]) == 14 and content["branches"] == [] and content["unchecked"] == ""
+
+
+def test_inspect_without_a_base_and_of_what_is_refused(copy: Path, adapter: Path, base: Path) -> None:
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "owner/elsewhere"}))
+    run = CliRunner().invoke(main, ["inspect", str(copy)])
+    assert run.exit_code == 0 and "not compared with its base model: owner/elsewhere is no directory here" in run.output
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    assert CliRunner().invoke(main, ["inspect", str(copy)]).exit_code == 2
+    run = CliRunner().invoke(main, ["inspect", str(adapter), "--base", str(base)])
+    assert run.exit_code == 0 and "2 branches beside blocks  mlp, gated" in run.output
+
+
+def test_the_benchmark_has_two_arms_of_it(built: Path, base: Path) -> None:
+    arguments = [
+        "bench",
+        str(built),
+        "--base",
+        str(base),
+        "--prompt-tokens",
+        "16",
+        "--past-tokens",
+        "16",
+        "--new-tokens",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    run = CliRunner().invoke(main, [*arguments, "--json"])
+    assert run.exit_code == 0, run.output
+    content = json.loads(run.stdout)
+    assert content["arms"] == ["base", "fused"] and content["artifact"]["rank"] == [4]
+    run = CliRunner().invoke(main, [*arguments, "--arms", "unfused,fused"])
+    assert run.exit_code == 2 and "merged into the base's own weights" in run.output

@@ -12,6 +12,7 @@ from flora_export.cli.bench import bench
 from flora_export.cli.build import build
 from flora_export.cli.explain import explain
 from flora_export.cli.generate import generate
+from flora_export.cli.inspect import inspect
 from flora_export.cli.rebuild import rebuild
 from flora_export.cli.triton import triton
 from flora_export.cli.verify import verify
@@ -20,8 +21,8 @@ from flora_export.cli.verify import verify
 @click.group()
 @click.version_option(__version__)
 def main() -> None:
-    """From an FFBA checkpoint to a fused, verified inference artifact."""
+    """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""
 
 
-for command in (build, verify, explain, generate, bench, rebuild, triton):
+for command in (build, verify, explain, inspect, generate, bench, rebuild, triton):
     main.add_command(command)

@@ -56,18 +56,27 @@ def load_checkpoint(path: Path, base: BaseModel) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such adapter directory")
     config, method = _read(path)
+    found, weights = read_header(path), path / WEIGHTS
+    promise = method.promise(path, config, base, found)
+    check_header(weights, promise.tensors, base, found)
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            for key in found:
+                check_finite(weights, key, file.get_tensor(key))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights}: cannot be read ({error}). Copy or save it again.") from error
+    return Checkpoint(path, config, promise.branches, {name: file_sha256(path / name) for name in (CONFIG, WEIGHTS)}, promise.changes)
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each of an adapter's tensors, by name. Raises CheckpointError."""
     weights = weights_file(path)
     try:
         with safe_open(weights, framework="numpy") as file:
             header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-            found = {key: (entry.get_dtype(), tuple(entry.get_shape())) for key, entry in header.items()}
-            promise = method.promise(path, config, base, found)
-            check_header(weights, promise.tensors, base, found)
-            for key in found:
-                check_finite(weights, key, file.get_tensor(key))
+            return {key: (entry.get_dtype(), tuple(entry.get_shape())) for key, entry in header.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights}: not a whole safetensors file ({error}). Copy or save it again.") from error
-    return Checkpoint(path, config, promise.branches, {name: file_sha256(path / name) for name in (CONFIG, WEIGHTS)}, promise.changes)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -57,15 +57,17 @@ def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> C
     return load_checkpoint(directory, base)
 
 
-def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint, directory: Path) -> Built:
+def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint | None, directory: Path) -> Built:
     """Build an arm of ARMS into a directory. `fused` is the artifact `out` itself.
 
-    LoRA has the rank that most of the adapter's branches have; within the budget, the rank that comes nearest to its parameters.
+    Without a checkpoint there are only `base` and `fused`. LoRA has the rank that most of the adapter's branches have; within the budget,
+    the rank that comes nearest to its parameters.
 
     Raises:
         FloraExportError: the base model cannot be captured, or has a block that LoRA or a fuse level cannot be put beside.
     """
-    adapter = sum(int(np.prod(b.shape(m, base.width))) for b in checkpoint.branches for m in b.matrices)
+    branches = checkpoint.branches if checkpoint is not None else ()
+    adapter = sum(int(np.prod(b.shape(m, base.width))) for b in branches for m in b.matrices)
     if arm in (EAGER, FUSED):
         return Built(out if arm == FUSED else None, adapter)
     manifest = out.manifest
@@ -74,11 +76,12 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint, 
     if arm not in FUSE_LEVELS:
         run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     if arm in FUSE_LEVELS:
+        assert checkpoint is not None
         fuse_adapter(captured, base, checkpoint, FUSE_LEVELS[arm], align=manifest.align, cache_tokens=manifest.cache_tokens)
         parameters = adapter
     elif arm != BASE:
-        hosts = lora_hosts(captured.model, base, checkpoint.branches[0].block.rsplit(".", 2)[0])
-        same = statistics.mode(branch.rank for branch in checkpoint.branches)
+        hosts = lora_hosts(captured.model, base, branches[0].block.rsplit(".", 2)[0])
+        same = statistics.mode(branch.rank for branch in branches)
         rank = same if arm == LORA else max(1, round(adapter / lora_parameters(hosts, 1)))
         parameters = lora_parameters(hosts, rank)
         run_passes(captured.model, [AttachLora(hosts, rank)])
