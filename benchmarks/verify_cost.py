@@ -27,16 +27,14 @@ CODE = """
 import json, resource, sys, time
 from pathlib import Path
 from flora_export import pipeline
+numbers = getattr(pipeline, "_verify_numerics", None) or pipeline.verify_numerics  # as it was called before
 from flora_export.artifact import open_artifact
 out, adapter, base = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 base, checkpoint = pipeline.load_sources(adapter, base)
 artifact, silent = open_artifact(out), lambda *_: None
 import flora_export.reference
 started = time.perf_counter()
-if hasattr(pipeline, "_verify_numerics"):
-    report = pipeline._verify_numerics(artifact, base, checkpoint, pipeline.VerifyOptions(), silent)
-else:
-    report = pipeline.verify_numerics(artifact, base, checkpoint, pipeline.VerifyOptions(), silent)
+report = numbers(artifact, base, checkpoint, pipeline.VerifyOptions(), silent)
 seconds = time.perf_counter() - started
 print(json.dumps({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 """

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from flora_export.base_model import load_base
 from flora_export.checkpoint import Checkpoint
@@ -184,6 +186,13 @@ def test_wrong_base(adapter: Path, base: Path, tmp_path: Path) -> None:
     (shallow / "config.json").write_text(json.dumps(edit | {"hidden_size": 96}))
     with pytest.raises(CheckpointError, match=r"self_attn A is \(4, 64\), but .* \(4, 96\)\. Trained on another base model"):
         load_checkpoint(adapter, load_base(str(shallow)))
+
+
+def test_another_method_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoHaConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="peft_type is 'LOHA', but the methods that can be exported are FFBA, LORA"):
+        load_checkpoint(tmp_path, load_base(str(base)))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def verify_page(report: Report, artifact: Artifact) -> str:
     )
     parts.append(_folded("Blocks", ("block", "rank", "scale", "activation", "fusion", "reason"), records))
     changes = [[c.tensor, c.what, str(c.rank or "-"), f"{c.scale:g}", ", ".join(c.sources)] for c in manifest.changes]
-    parts.append(_folded("Changed weights", ("tensor", "change", "rank", "scale", "by"), changes))
+    if changes:
+        parts.append(_folded("Changed weights", ("tensor", "change", "rank", "scale", "by"), changes))
     rows = [[e.tensor, e.initializer, str(e.axis), f"{e.start}:{e.stop}", f"{e.scale:g}", e.sha256[:12]] for e in manifest.ledger]
     parts.append(_folded("Tensors", ("tensor", "initializer", "axis", "slice", "scale", "SHA-256"), rows))
     parts.append(_environment(report.environment | {f"built with {k}": v for k, v in manifest.versions.items()}))
