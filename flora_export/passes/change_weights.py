@@ -70,16 +70,8 @@ class ChangeWeights(ir.passes.InPlacePass):
         stop = 0
         for place in places:
             parts += self._kept(value, axis, stop, place.offset)
-            change = changes[place.tensor]
-            parts.append(
-                Part(
-                    place.label(self.base.shapes[place.tensor][0]),
-                    "changed",
-                    place.rows,
-                    change.scale,
-                    self._reader(change, place, tensor.dtype),
-                )
-            )
+            change, label = changes[place.tensor], place.label(self.base.shapes[place.tensor][0])
+            parts.append(Part(label, "changed", place.rows, change.scale, self._reader(change, place, tensor.dtype)))
             stop = place.offset + place.rows
         parts += self._kept(value, axis, stop, dims[axis])
         value.const_value = Stacked(value.name, parts, axis, tensor.dtype, dims[:axis] + dims[axis + 1 :])
