@@ -19,7 +19,7 @@ from flora_export.base_model import BaseModel
 from flora_export.errors import FusionError
 from flora_export.weights import Array, dims_of
 
-_CAPTURED = re.compile(r"(?P<stem>.+?)(?P<transposed>_t)?(\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_CAPTURED = re.compile(r"(?P<stem>.+?)(?P<transposed>_t)?(\[(?P<start>\d{0,12}):(?P<stop>\d{0,12})\])?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,16 @@ class Captured:
     def take(self, values: Array, axis: int) -> Array:
         """The part, of the stacked tensors' values."""
         values = values.T if self.transposed else values
+        if axis >= values.ndim:
+            return values[:0]  # of a damaged ledger
         return values[(slice(None),) * axis + (slice(self.start, self.stop),)]
 
 
 def read_name(name: str) -> Captured:
+    """What a name says; one that says nothing stands for itself."""
     match = _CAPTURED.fullmatch(name)
-    assert match is not None
+    if match is None:
+        return Captured((name,), False, None, None)
     start, stop = (int(match[key]) if match[key] else None for key in ("start", "stop"))
     return Captured(tuple(match["stem"].removesuffix("__axis_0__concat").split("__")), bool(match["transposed"]), start, stop)
 

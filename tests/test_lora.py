@@ -23,6 +23,7 @@ from flora_export.cli import main
 from flora_export.errors import CheckpointError, FusionError
 from flora_export.methods import load_checkpoint
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, explain, verify
+from flora_export.provenance import read_name
 from tests.conftest import silent
 from tests.families import FAMILIES, make_lora
 
@@ -304,3 +305,20 @@ def test_the_benchmark_has_two_arms_of_it(built: Path, base: Path) -> None:
     assert content["arms"] == ["base", "fused"] and content["artifact"]["rank"] == [4]
     run = CliRunner().invoke(main, [*arguments, "--arms", "unfused,fused"])
     assert run.exit_code == 2 and "merged into the base's own weights" in run.output
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.weight", (("a.weight",), False, None, None)),
+        ("a.weight_t[3:7]", (("a.weight",), True, 3, 7)),
+        ("a.weight__b.weight__axis_0__concat_t[:7]", (("a.weight", "b.weight"), True, None, 7)),
+        ("", (("",), False, None, None)),
+        (f"a[{'9' * 5000}:]", ((f"a[{'9' * 5000}:]",), False, None, None)),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_a_name_says(name: str, said: tuple[Any, ...]) -> None:
+    captured = read_name(name)
+    assert (captured.tensors, captured.transposed, captured.start, captured.stop) == said
+    assert captured.take(np.zeros(3), 5).size == 0

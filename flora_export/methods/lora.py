@@ -140,6 +140,10 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
         )
     for tensor, shape in shapes.items():
         if any(_module_of(tensor, part).endswith(name) for name in config["modules_to_save"] for part in range(tensor.count("."))):
+            if not shape:
+                raise CheckpointError(
+                    f"{path / CONFIG}: modules_to_save takes in {tensor}, a single number, which is not exported. {MERGE}"
+                )
             source = f"{PREFIX}{tensor}"
             changes.append(WeightChange(tensor, "saved whole", (source,), _replaced))
             tensors[source] = (f"{tensor}, saved whole", shape)
