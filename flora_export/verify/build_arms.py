@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.ledger import write_model
-from flora_export.manifest import Manifest
+from flora_export.manifest import ChangeRecord, Manifest
 from flora_export.methods import load_checkpoint
 from flora_export.passes import fuse_adapter, lowering, run_passes
 from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
@@ -57,6 +58,11 @@ def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> C
     return load_checkpoint(directory, base)
 
 
+def _trained(change: ChangeRecord, shape: tuple[int, ...]) -> int:
+    """Trainable numbers behind a changed weight: A and B, and a number for each row for what stands beside them; or all of it."""
+    return change.rank * sum(shape) + (len(change.sources) - 2) * shape[0] if change.rank else math.prod(shape)
+
+
 def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint | None, directory: Path) -> Built:
     """Build an arm of ARMS into a directory. `fused` is the artifact `out` itself.
 
@@ -68,6 +74,7 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
     """
     branches = checkpoint.branches if checkpoint is not None else ()
     adapter = sum(int(np.prod(b.shape(m, base.width))) for b in branches for m in b.matrices)
+    adapter += sum(_trained(change, base.shapes[change.tensor]) for change in out.manifest.changes)
     if arm in (EAGER, FUSED):
         return Built(out if arm == FUSED else None, adapter)
     manifest = out.manifest
