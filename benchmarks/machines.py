@@ -9,6 +9,7 @@ whether the artifacts are those of the first setting, byte for byte. Exits with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,30 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@contextlib.contextmanager
+def one_core(alone: bool) -> Iterator[None]:
+    """Have processes that are started within use a single core, where the setting says so."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)} if alone else cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def run(setting: Mapping[str, str], command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a Python command under a setting."""
+    """Run Python with arguments under a setting."""
     environment = {key: value for key, value in os.environ.items() if key not in {name for s in SETTINGS.values() for name in s}}
     environment |= {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1", **{k: v for k, v in setting.items() if k != ONE_CORE}}
-    pin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});" if ONE_CORE in setting else ""
-    start = f"import runpy, sys; {pin} sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r})"
-    code = f"{start}; runpy.run_module(sys.argv[0][3:], run_name='__main__', alter_sys=True) if sys.argv[0].startswith('-m:') else " \
-           "runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
-    return subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    with one_core(ONE_CORE in setting):
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def mutations(setting: Mapping[str, str], only: str | None = None) -> dict[str, Any]:
     """(right artifacts that passed, wrong ones that were caught), of how many, and the names of the others."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "cases.xml"
-        done = run(setting, ["-m:pytest", MUTATIONS, f"--junit-xml={file}", *(["-k", only] if only else [])])
+        done = run(setting, ["-m", "pytest", MUTATIONS, f"--junit-xml={file}", *(["-k", only] if only else [])])
         if done.returncode not in (0, 1):  # 1: some failed
             sys.exit(f"{MUTATIONS} does not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         cases = [

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from flora_export.base_model import BaseModel
 from flora_export.capture_constants import mend_embedding_scale
 from flora_export.errors import BackendError, CheckpointError
-from flora_export.rotary import rotary_tables
+from flora_export.rotary import longrope_context, rotary_tables
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
 # Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). The others hold operators of the ONNX standard alone:
@@ -120,7 +120,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * base.layers
     scalar = getattr(config, "query_pre_attn_scalar", None)
     tables = _exact_rotary(model, base, config)
-    longrope = _longrope(config)
+    longrope = longrope_context(config)
     for node in model.graph:
         cache = next((v.name for v in node.inputs if v is not None and v.name and v.name.startswith("past_key_values.")), None)
         if cache is None or node.op_type not in ("GroupQueryAttention", "Attention"):
@@ -143,13 +143,6 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
                     f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which {node.op_type} cannot express. "
                     "Windows need GroupQueryAttention: --target cpu --precision fp32, or --target cuda with fp16 or bf16."
                 )
-
-
-def _longrope(config: Any) -> int:
-    """The original context of longrope, beyond which frequencies are others; 0 where they are not."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    original = int(parameters.get("original_max_position_embeddings") or 0) if parameters.get("rope_type") == "longrope" else 0
-    return original if original < config.max_position_embeddings else 0
 
 
 # mobius's names of the modules that hold a pair of rotary tables, by the kind of layer that they serve.

@@ -52,6 +52,13 @@ def rotary_tables(config: Any, kind: str, shape: Sequence[int], dtype: np.dtype[
     return cos, sin
 
 
+def longrope_context(config: Any) -> int:
+    """The original context of longrope, beyond which the second part of its tables holds; 0 where they have one part."""
+    parameters = _parameters(config, "full_attention")
+    original = int(parameters.get("original_max_position_embeddings") or 0) if parameters.get("rope_type") == "longrope" else 0
+    return original if original < config.max_position_embeddings else 0
+
+
 _Function = tuple[Callable[[Doubles], Doubles], Callable[[Real], Real]]  # in fp64, and with high precision
 _COS: _Function = (np.cos, mpmath.cos)
 _SIN: _Function = (np.sin, mpmath.sin)

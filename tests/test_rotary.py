@@ -15,6 +15,7 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
 
+from flora_export import rotary
 from flora_export.base_model import load_base
 from flora_export.capture import capture
 from flora_export.errors import CheckpointError
@@ -68,7 +69,7 @@ def test_no_bit_depends_on_the_processor(dtype: Any, monkeypatch: pytest.MonkeyP
     config = llama(ROPES["default"], max_position_embeddings=4096)
     before = rotary_tables(config, FULL, (4096, 8), np.dtype(dtype))
     for name in ("_COS", "_SIN"):
-        quick, exact = getattr(__import__("flora_export.rotary", fromlist=[name]), name)
+        quick, exact = getattr(rotary, name)
         disturbed: Callable[[Any], Any] = lambda x, quick=quick: np.nextafter(np.nextafter(quick(x), 2), 2)  # noqa: E731
         monkeypatch.setattr(f"flora_export.rotary.{name}", (disturbed, exact))
     after = rotary_tables(config, FULL, (4096, 8), np.dtype(dtype))

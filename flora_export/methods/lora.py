@@ -25,7 +25,18 @@ from flora_export.change import Doubles, WeightChange
 from flora_export.checkpoint import CONFIG
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank, row_norms
-from flora_export.methods.reading import Header, Promise, check_pattern, check_ranks, check_selection, matches, number, refuser, whole
+from flora_export.methods.reading import (
+    Header,
+    Promise,
+    check_pattern,
+    check_ranks,
+    check_selection,
+    in_layers,
+    matches,
+    number,
+    refuser,
+    whole,
+)
 
 PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
@@ -260,12 +271,7 @@ def _targeted(config: Mapping[str, Any], module: str, shape: tuple[int, ...], ba
     targets = config["target_modules"]
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return module != "lm_head" and not _is_embedding(module)
-    if not matches(targets, module):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers in (None, []) or isinstance(targets, str) or module in targets:
-        return True
-    return _layer(config, module) in (layers if isinstance(layers, list) else [layers])
+    return matches(targets, module) and (in_layers(config, _layer(config, module)) or module in targets)
 
 
 def _layer(config: Mapping[str, Any], module: str) -> int | None:
