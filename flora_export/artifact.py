@@ -18,6 +18,7 @@ from pathlib import Path
 from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
 from flora_export.manifest import RECORDS, SCHEMA_VERSION, Manifest, checked
+from flora_export.quantization import BITS, Quantization
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -62,7 +63,12 @@ def open_artifact(path: Path) -> Artifact:
         content.setdefault("changes", [])
         for key, cls in RECORDS.items():
             content[key] = [checked(cls(**item)) for item in content[key]]
+        if content.get("quantization") is not None:
+            content["quantization"] = checked(Quantization(**content["quantization"]))
         manifest: Manifest = checked(Manifest(**content))
+        quantized = manifest.quantization.bits if manifest.quantization is not None else None
+        if BITS.get(manifest.precision) != quantized:
+            raise ValueError(f"precision is {manifest.precision}, but it is quantized to {quantized} bits")
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")

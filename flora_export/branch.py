@@ -74,6 +74,7 @@ class Branch:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     keys: str = "base_model.model.{block}.ffba_{matrix}.weight"  # how its checkpoint names a matrix
+    lead: int = 0  # zeros before its rank in the graph, so that B's rows begin a block of their own where weights are quantized
     padding: int = 0  # zeros beside its rank in the graph, so that the widened projections have a width that the target likes
 
     @property
@@ -84,7 +85,7 @@ class Branch:
     @property
     def columns(self) -> int:
         """How many columns of x A, and rows of B, it has in the graph."""
-        return self.rank + self.padding
+        return self.lead + self.rank + self.padding
 
     @property
     def forward_matrices(self) -> tuple[str, ...]:

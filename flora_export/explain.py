@@ -12,7 +12,7 @@ from flora_export.proof import LedgerReport
 from flora_export.provenance import read_name
 from flora_export.weights import short
 
-COUNTED = {"GEMMs": ("MatMul", "Gemm"), "Split": ("Split",), "Concat": ("Concat",)}
+COUNTED = {"GEMMs": ("MatMul", "Gemm", "MatMulNBits"), "Split": ("Split",), "Concat": ("Concat",)}
 
 
 @dataclass(frozen=True)

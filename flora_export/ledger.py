@@ -56,7 +56,7 @@ def planned_entries(model: ir.Model) -> list[LedgerEntry]:
         axis, parts = parts_of(value)
         start = 0
         for part in parts:
-            entries.append(LedgerEntry(part.tensor, part.origin, name, axis, start, start + part.size, part.scale, ""))
+            entries.append(LedgerEntry(part.tensor, part.origin, name, axis, start, start + part.size, part.scale, "", part.form))
             start += part.size
     return entries
 
@@ -98,6 +98,8 @@ def block_records(fused: Fused) -> list[BlockRecord]:
         else:
             fusion = "forward" if forward else "backward" if backward else "none"
         reason = "" if forward and backward else f"--fuse {fused.fuse}"
+        if fused.quantization is not None and not fused.quantization.fusable:
+            reason = "--adapter-precision: other bits than its hosts'"
         if backward and not forward and fused.fuse == "both":
             reason = MERGES_SIBLINGS[fused.capture.form]
         records.append(BlockRecord(b.block, b.activation, b.rank, b.scale, fusion, reason, list(b.reads), list(b.writes)))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
+
+from flora_export.quantization import Quantization
 
 SCHEMA_VERSION = 1
 
@@ -25,6 +28,7 @@ class LedgerEntry:
     stop: int
     scale: float
     sha256: str
+    form: str = ""  # of a quantized weight: which of its numbers these are, and how they were made (quantization.py)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,22 @@ class Manifest:
     engine: dict[str, Any] = field(default_factory=dict)  # of a compiled backend: how its engine was made, and what for
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
     changes: list[ChangeRecord] = field(default_factory=list)  # of the base's weights; written where there are any
+    quantization: Quantization | None = None  # written where weights are quantized
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def compute(self) -> str:
+        """The precision of what is not quantized."""
+        return self.quantization.compute if self.quantization is not None else self.precision
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self)
-        if not self.changes:
-            del content["changes"]
+        for name in ("changes", "quantization"):
+            if not content[name]:
+                del content[name]
+        for entry in content["ledger"]:
+            if not entry["form"]:
+                del entry["form"]
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
@@ -99,7 +113,7 @@ RECORDS: dict[str, type] = {"inputs": Tensor, "outputs": Tensor, "blocks": Block
 
 _VALUES = {
     "target": ("cpu", "cuda", "any"),
-    "precision": ("fp32", "fp16", "bf16"),
+    "precision": ("fp32", "fp16", "bf16", "int4", "int8"),
     "padding": ("left", "right"),
 }
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -109,6 +123,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
     "list": (list,),
     "dict": (dict,),
+    "Quantization | None": (Quantization, NoneType),
 }
 
 

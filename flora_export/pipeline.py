@@ -32,6 +32,7 @@ class BuildOptions:
     allow_vacuous: bool = False
     force: bool = False
     align: int | None = None  # None: the backend's own
+    max_quantization_loss: float | None = None  # nats per token; None: whatever it costs
     settings: Any = None  # the backend's own options, as its `options` makes them; None: their defaults
 
 
@@ -49,16 +50,25 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         backend, golden = load_backend(options.backend), golden_prompts(base)
         plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
         progress("capturing the base model", 0, 1)
-        captured = capture(base, plan.form, options.precision)
+        quantization = plan.quantization
+        captured = capture(base, plan.form, options.precision if quantization is None else quantization.compute)
         progress("fusing", 0, 1)
-        fused = fuse_adapter(captured, base, checkpoint, options.fuse, align=plan.align, cache_tokens=plan.cache_tokens)
+        fused = fuse_adapter(
+            captured, base, checkpoint, options.fuse, align=plan.align, cache_tokens=plan.cache_tokens, quantization=quantization
+        )
         with writing(output):
             manifest = backend.write(fused, directory, plan, progress)
         del captured, fused  # the weights: what comes next needs the room
         gc.collect()  # mobius's package refers to itself
         artifact, report = Artifact(directory, dataclasses.replace(manifest, verified=options.verify)), None
         if options.verify:
-            report = verify_numerics(artifact, base, checkpoint, VerifyOptions(options.allow_vacuous, golden=True), progress)
+            report = verify_numerics(
+                artifact,
+                base,
+                checkpoint,
+                VerifyOptions(options.allow_vacuous, golden=True, max_quantization_loss=options.max_quantization_loss),
+                progress,
+            )
         with writing(output):
             artifact = seal(directory, artifact.manifest)
         progress("checking the ledger", 0, 1)

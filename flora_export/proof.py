@@ -17,11 +17,15 @@ from flora_export.checkpoint import Checkpoint
 from flora_export.errors import ArtifactError
 from flora_export.ledger import change_records, load_graph, sha256_of
 from flora_export.manifest import LedgerEntry
+from flora_export.packing import Form, quantizer_version, read_form
 from flora_export.passes.attach import adapter_reader
 from flora_export.passes.change_weights import changed_values
 from flora_export.provenance import read_name
 from flora_export.shards import read_shards
 from flora_export.weights import Array
+
+# Of a precision, the dtype of what is not quantized.
+_COMPUTED = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass
@@ -65,6 +69,11 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
         _check_base(artifact, base, initializers, report)
     if checkpoint is not None and base is not None:
         _check_changes(artifact, checkpoint, base, initializers, report)
+    quantization = artifact.manifest.quantization
+    if quantization is not None and report.faults and base is not None and quantizer_version() != quantization.version:
+        report.faults.append(
+            f"its weights were quantized by onnxruntime {quantization.version}, and are compared by {quantizer_version()}: install that one"
+        )
     return report
 
 
@@ -104,7 +113,7 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
         expected = entry.stop
         report.checked += 1
         report.bytes[entry.origin] = report.bytes.get(entry.origin, 0) + _slice(values, entry).nbytes
-        if entry.origin == "zeros" and np.any(_slice(values, entry)):
+        if entry.origin == "zeros" and not _is_codes(entry) and np.any(_slice(values, entry)):  # at a scale of zero, codes say nothing
             report.faults.append(f"{tensor.name}: its padding, slice [{entry.start}, {entry.stop}), is not zero")
         if sha256_of(_slice(values, entry)) != entry.sha256:
             report.faults.append(
@@ -126,7 +135,13 @@ def _check_coverage(artifact: Artifact, report: LedgerReport) -> None:
     manifest = artifact.manifest
     stands = {tensor: {e.initializer for e in entries} for tensor, entries in _by_tensor(artifact, "base").items()}
     changed = _by_tensor(artifact, "changed")
-    held = Counter(entry.tensor for entry in manifest.ledger if entry.origin == "adapter")
+    held = Counter(entry.tensor for entry in manifest.ledger if entry.origin == "adapter" and not _is_scales(entry))
+    scales = {(entry.tensor, entry.start) for entry in manifest.ledger if _is_scales(entry)}
+    report.faults += [
+        f"{entry.tensor}: has codes in {entry.initializer}, but no scales"
+        for entry in manifest.ledger
+        if _is_codes(entry) and (entry.tensor, entry.start) not in scales
+    ]
     for record in manifest.changes:
         if record.tensor in changed:
             held.update(record.sources)
@@ -157,23 +172,24 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
     """Derive each adapter tensor from the checkpoint and look for it in its slice."""
     if checkpoint.digest != artifact.manifest.checkpoint["digest"]:
         report.faults.append(f"{checkpoint.path} is not the checkpoint that the artifact was built from: its SHA-256 is another")
-    entries = {entry.tensor: entry for entry in artifact.manifest.ledger if entry.origin == "adapter"}
+    entries: dict[str, list[LedgerEntry]] = defaultdict(list)
+    for each in artifact.manifest.ledger:
+        if each.origin == "adapter":
+            entries[each.tensor].append(each)
     for branch in checkpoint.branches:
         for matrix in branch.matrices:
-            entry = entries.get(branch.tensor(matrix))
-            if entry is None:
+            if branch.tensor(matrix) not in entries:
                 report.faults.append(f"{branch.tensor(matrix)}: in the checkpoint, but not in the ledger")
-                continue
-            if entry.initializer not in initializers:
-                continue  # reported already
-            dtype = initializers[entry.initializer].dtype
-            values = adapter_reader(checkpoint, branch, matrix, dtype)()
-            if sha256_of(values.T if artifact.is_checkpoint else values) != entry.sha256:
-                report.faults.append(
-                    f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
-                    if matrix == "B"
-                    else f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds"
-                )
+            for entry in entries[branch.tensor(matrix)]:
+                if entry.initializer not in initializers:
+                    continue  # reported already
+                values = adapter_reader(checkpoint, branch, matrix, _dtype(artifact, entry, initializers))()
+                if _digest(values.T if artifact.is_checkpoint else values, entry) != entry.sha256:
+                    report.faults.append(
+                        f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
+                        if matrix == "B"
+                        else f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds"
+                    )
 
 
 def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.TensorProtocol], report: LedgerReport) -> None:
@@ -183,10 +199,10 @@ def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.
     for entry in artifact.manifest.ledger:
         if entry.origin != "base" or entry.initializer not in initializers:
             continue
-        values = _base_values(entry, base, initializers[entry.initializer].dtype)
+        values = _base_values(entry, base, _dtype(artifact, entry, initializers))
         if values is None:
             report.base_tensors_derived.append(entry.tensor)
-        elif sha256_of(values) == entry.sha256:
+        elif _digest(values, entry) == entry.sha256:
             report.base_tensors_equal += 1
         else:
             report.faults.append(f"{entry.tensor}: is not the tensor of the base model's own file")
@@ -198,7 +214,37 @@ def _base_values(entry: LedgerEntry, base: BaseModel, dtype: ir.DataType) -> Arr
     if not all(name in base.tensors for name in captured.tensors):
         return None
     arrays = [base.read(name).astype(dtype.numpy(), copy=False) for name in captured.tensors]
-    return captured.take(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0), entry.axis)
+    return captured.take(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0), _axis(entry))
+
+
+def _is_scales(entry: LedgerEntry) -> bool:
+    return entry.form != "" and _form(entry).content == "scales"
+
+
+def _is_codes(entry: LedgerEntry) -> bool:
+    return entry.form != "" and _form(entry).content == "codes"
+
+
+def _dtype(artifact: Artifact, entry: LedgerEntry, initializers: dict[str, ir.TensorProtocol]) -> ir.DataType:
+    """The dtype that a tensor had in the graph before it was quantized, or has."""
+    return _COMPUTED[artifact.manifest.compute] if entry.form else initializers[entry.initializer].dtype
+
+
+def _axis(entry: LedgerEntry) -> int:
+    """The axis of the floating-point weight along which an entry is a slice: codes stand by output, weights by input."""
+    return 1 - entry.axis if entry.form and not _form(entry).by_row else entry.axis
+
+
+def _digest(values: Array, entry: LedgerEntry) -> str:
+    """The digest of a tensor's numbers as they stand in an artifact: quantized anew where the entry says so."""
+    return sha256_of(_form(entry).of(values) if entry.form else values)
+
+
+def _form(entry: LedgerEntry) -> Form:
+    try:
+        return read_form(entry.form)
+    except ValueError as error:
+        raise ArtifactError(f"{MANIFEST}: {entry.tensor}: {error}. Was it built by a newer flora-export? Build it again.") from error
 
 
 def _check_changes(
@@ -215,11 +261,11 @@ def _check_changes(
         for entry in entries[change.tensor]:
             if entry.initializer not in initializers:
                 continue  # reported already
-            dtype, captured = initializers[entry.initializer].dtype, read_name(entry.tensor)
+            dtype, captured = _dtype(artifact, entry, initializers), read_name(entry.tensor)
             if dtype not in derived:
                 derived[dtype] = changed_values(checkpoint, change, base, dtype.numpy())
             rows[captured.start : captured.stop] = True
-            wrong += sha256_of(captured.take(derived[dtype], entry.axis)) != entry.sha256
+            wrong += _digest(captured.take(derived[dtype], _axis(entry)), entry) != entry.sha256
         if wrong:
             report.faults.append(f"{change.tensor}: changed by {', '.join(change.sources)}, it is not what the artifact holds")
         elif not rows.all():

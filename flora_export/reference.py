@@ -36,15 +36,7 @@ class Reference:
         """
         try:
             with quiet():
-                model = AutoModelForCausalLM.from_pretrained(
-                    base.path,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    attn_implementation="eager",
-                )
-                self.model = peft.PeftModel.from_pretrained(model, str(checkpoint)).eval()
+                self.model = peft.PeftModel.from_pretrained(load_eager(base), str(checkpoint)).eval()
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, ImportError) as error:
             raise CheckpointError(f"eager PyTorch cannot load {checkpoint} on {base.name} ({type(error).__name__}: {error})") from error
 
@@ -95,18 +87,28 @@ class Reference:
     def _run(self, rows: Sequence[Sequence[int]], adapter: bool, cache: Sequence[tuple[_Array, _Array]] | None) -> torch.Tensor:
         """Logits [rows, tokens, vocabulary]."""
         past = None if cache is None else dynamic_cache(cache, self.model.dtype)
-        with contextlib.nullcontext() if adapter else self.model.disable_adapter():
+        with self._silenced(not adapter):
             output = self.model(input_ids=torch.tensor([list(row) for row in rows]), past_key_values=past, use_cache=past is not None)
         logits: torch.Tensor = output.logits
         return logits
 
+    def _silenced(self, silent: bool) -> contextlib.AbstractContextManager[None]:
+        """The model with its adapter, or without."""
+        return self.model.disable_adapter() if silent else contextlib.nullcontext()
+
     @torch.no_grad()
     def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str], *, adapter: bool) -> dict[str, npt.NDArray[np.float32]]:
         """What each block returns, [tokens, d], by the name of its module, with or without the adapter."""
-        modules = dict(self.model.base_model.model.named_modules())
+        modules = dict(self._inner.named_modules())
         with kept_outputs({block: modules[block] for block in blocks}) as outputs:
             self.logits(tokens, adapter=adapter)
         return outputs
+
+    @property
+    def _inner(self) -> torch.nn.Module:
+        """The model as transformers has it, the adapter's layers in it."""
+        inner: torch.nn.Module = self.model.base_model.model
+        return inner
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:
@@ -119,6 +121,14 @@ class Reference:
             ids = output.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
         return tokens
+
+
+def load_eager(base: BaseModel) -> transformers.PreTrainedModel:
+    """The base model in fp32, as transformers has it. Raises what transformers raises."""
+    model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, attn_implementation="eager"
+    )
+    return model
 
 
 def dynamic_cache(cache: Sequence[tuple[_Array, _Array]], dtype: torch.dtype) -> transformers.DynamicCache:

@@ -11,7 +11,7 @@
 namespace {
 
 // The largest error that is allowed, relative to the largest logit or to 1, by precision; as in flora_export/verify/numerics.py.
-const std::map<std::string, double> tolerances = {{"fp32", 1e-4}, {"fp16", 1e-2}, {"bf16", 5e-2}};
+const std::map<std::string, double> tolerances = {{"fp32", 1e-4}, {"fp16", 1e-2}, {"bf16", 5e-2}, {"int8", 0.15}, {"int4", 0.15}};
 
 }  // namespace
 

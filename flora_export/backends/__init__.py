@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
+from flora_export.quantization import BITS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from flora_export.branch import Branch
     from flora_export.manifest import Manifest
     from flora_export.passes import Fused
+    from flora_export.quantization import Quantization
 
     Logits = npt.NDArray[np.float32]
     Cache = Sequence[tuple[Logits, Logits]]  # keys and values per layer, each [batch, KV heads, past, head size]
@@ -57,6 +59,7 @@ class Plan:
     form: str  # of the capture
     align: int  # ranks are padded with zeros to a multiple of it
     cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
+    quantization: Quantization | None = None
 
 
 class Runner(Protocol):
@@ -84,6 +87,7 @@ class Backend(ABC):
     name: str
     targets: Mapping[str, str]  # target -> form of the capture; the first is built for where none is named
     aligned: Mapping[str, int] = {}  # precision -> the multiple that ranks are padded to; 1 where it is silent
+    unquantized = ""  # why it builds no int4 and int8 artifacts, and what to do; empty where it does
     runs_graph = True  # whether a graph that is not finished yet can be run, to find where a build goes wrong
 
     def form(self, target: str) -> str:
@@ -111,6 +115,8 @@ class Backend(ABC):
             BackendError: a tool or machine that the backend needs is not there.
             FloraExportError: an option that cannot be.
         """
+        if precision in BITS and self.unquantized:
+            raise FloraExportError(f"--backend {self.name} takes no --precision {precision}: {self.unquantized}")
         chosen = target or next(iter(self.targets))
         return Plan(chosen, self.form(chosen), self.aligned.get(precision, 1) if align is None else align)
 
@@ -124,15 +130,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Runner:
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Runner:
         """The artifact in its runtime, with its adapter or with its branches silenced. `threads` 0 leaves them to the runtime.
+
+        With `exact`, in the precision that its quantized weights are stated in, without the runtime's own rounding of activations.
 
         Raises:
             BackendError: the runtime is not there, or refuses the artifact.
         """
 
     @abstractmethod
-    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path) -> Runner:
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path, *, exact: bool = False) -> Runner:
         """The base model as this backend writes it for the artifact's target and precision, in a directory that is there and empty."""
 
     @abstractmethod

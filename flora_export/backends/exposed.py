@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from flora_export.backends.edited import multiply_in_full
 from flora_export.branch import Branch
 
 
@@ -21,9 +22,10 @@ def expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, st
             continue  # a damaged file: the ledger says so
         value = _block_output(nodes[0].outputs[0])
         if value.type is None or value.dtype is None:
-            value.type = ir.TensorType(weight.dtype or ir.DataType.FLOAT)
+            value.type = nodes[0].outputs[0].type or ir.TensorType(weight.dtype or ir.DataType.FLOAT)
         graph.outputs.append(value)
         names[branch.block] = value.name or ""
+    multiply_in_full(loaded)
     proto: bytes = ir.to_proto(loaded).SerializeToString()
     return proto, names
 

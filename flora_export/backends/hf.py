@@ -47,15 +47,16 @@ Logits = npt.NDArray[np.float32]
 class HuggingFace(Backend):
     name = "hf"
     targets = {"any": "weights"}  # noqa: RUF012  # never written to
+    unquantized = "write fp32 or fp16, and quantize that checkpoint: it is a plain one, and any quantizer takes it"
     runs_graph = False  # the graph only tells how weights hang together
 
     def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
         return write(fused, directory, plan.target, progress)
 
-    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Decoder:
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Decoder:
         return Decoder(artifact, adapter=adapter, threads=threads)
 
-    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path) -> Decoder:
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path, *, exact: bool = False) -> Decoder:
         precision = artifact.manifest.precision
         write_shards(directory, plan(base, precision, {}, lambda *_: None))
         _write_config(base, directory, None, DTYPES[precision])
@@ -127,7 +128,7 @@ def _write_config(base: BaseModel, directory: Path, neurons: int | None, dtype: 
 class Decoder:
     """A written checkpoint in transformers, loaded as anyone would, decoding a batch of prompts with a KV cache, padded on the left."""
 
-    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> None:
+    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> None:
         """Load the artifact; without its adapter, B's columns of each down projection are zeroed in memory.
 
         Args:

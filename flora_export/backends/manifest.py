@@ -29,7 +29,7 @@ def describe(
     return Manifest(
         backend=backend,
         target=target,
-        precision=fused.capture.precision,
+        precision=fused.precision,
         fuse=fused.fuse,
         passes=list(fused.passes),
         align=fused.align,
@@ -50,6 +50,7 @@ def describe(
         blocks=blocks,
         ledger=ledger,
         changes=change_records(checkpoint),
+        quantization=fused.quantization,
     )
 
 

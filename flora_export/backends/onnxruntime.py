@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from flora_export.artifact import Artifact
-from flora_export.backends import Backend, Limits, Plan, Progress, Runner, check_can_be_silenced
+from flora_export.backends import Backend, Golden, Limits, Plan, Progress, Runner
+from flora_export.backends.edited import edited_graph
 from flora_export.backends.exposed import expose
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
+from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.capture import capture
@@ -26,7 +28,7 @@ from flora_export.errors import BackendError
 from flora_export.ledger import block_records, write_model
 from flora_export.manifest import Manifest, Tensor
 from flora_export.passes import Fused, lowering, run_passes
-from flora_export.weights import dims_of
+from flora_export.passes.quantize import Quantize
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
@@ -43,13 +45,15 @@ class GraphBackend(Backend):
         decoder.start([tokens])
         return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
 
-    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path) -> Runner:
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path, *, exact: bool = False) -> Runner:
         manifest = artifact.manifest
-        captured = capture(base, self.form(manifest.target), manifest.precision)
+        captured = capture(base, self.form(manifest.target), manifest.compute)
         run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
+        if manifest.quantization is not None:
+            run_passes(captured.model, [Quantize(manifest.quantization)])
         write_model(captured.model, directory)
         bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[])
-        return self.decode(Artifact(directory, bare), adapter=False)
+        return self.decode(Artifact(directory, bare), exact=exact)
 
     def decode_graph(self, artifact: Artifact, graph: bytes) -> Decoder:
         """Another graph than the artifact's, with the artifact's weights."""
@@ -60,11 +64,21 @@ class OnnxRuntime(GraphBackend):
     name = "onnxruntime"
     targets = {"cpu": "cpu", "cuda": "cuda"}  # noqa: RUF012  # never written to
 
+    def options(self, given: Mapping[str, Any]) -> QuantizationOptions:
+        super().options({name: value for name, value in given.items() if name not in QUANTIZING})
+        return read_options(given)
+
+    def prepare(
+        self, base: BaseModel, target: str | None, precision: str, align: int | None, options: QuantizationOptions | None, golden: Golden
+    ) -> Plan:
+        plan = super().prepare(base, target, precision, align, options, golden)
+        return dataclasses.replace(plan, quantization=choose_quantization(precision, plan.target, options or QuantizationOptions()))
+
     def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
         return write_graph(fused, directory, self.name, plan.target, progress)
 
-    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Decoder:
-        return Decoder(artifact, adapter=adapter, threads=threads)
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Decoder:
+        return Decoder(artifact, adapter=adapter, threads=threads, exact=exact)
 
     def timed(self, artifact: Artifact, threads: int) -> Bound:
         return Bound(self.decode(artifact, threads=threads))
@@ -114,6 +128,7 @@ class Decoder:
         threads: int = 0,
         graph: bytes | None = None,
         provider: str | None = None,
+        exact: bool = False,
     ) -> None:
         """Load the artifact; without its adapter, what each B would add is zeroed in memory, so that the base model is left.
 
@@ -121,6 +136,7 @@ class Decoder:
             threads: of one operator; 0 leaves it to ONNX Runtime.
             graph: run this graph instead of the artifact's, with the artifact's weights.
             provider: execution provider of ONNX Runtime; without it, the one of the artifact's target.
+            exact: multiply quantized weights in fp32, where ONNX Runtime would round activations to int8.
 
         Raises:
             BackendError: ONNX Runtime refuses the model, or has no provider for its target.
@@ -138,7 +154,7 @@ class Decoder:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
-        model = graph or (artifact.model if adapter else without_adapter(artifact))
+        model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
         try:
             self.session = ort.InferenceSession(model, options, providers=[provider])
@@ -268,31 +284,6 @@ def _as_float32(value: Any) -> Logits:
 
         return torch.utils.dlpack.from_dlpack(value).float().cpu().numpy()
     return value.numpy().astype(np.float32)  # type: ignore[no-any-return]
-
-
-def without_adapter(artifact: Artifact) -> bytes:
-    """The graph with every B silenced: what a MatMul feeds to B's rows of its weight is multiplied by zero. Weights stay where they are.
-
-    (Replacing the initializers in the session is not enough: a graph that ONNX Runtime casts to another precision keeps the file's.)
-    """
-    check_can_be_silenced(artifact)
-    model = ir.load(artifact.model)
-    for entry in artifact.manifest.ledger:
-        weight = model.graph.initializers.get(entry.initializer)
-        if weight is None or entry.origin != "adapter" or entry.axis != 0:  # what fills rows of a weight [in, out] is a B
-            continue
-        assert weight.dtype is not None
-        mask = np.ones(dims_of(weight)[0], weight.dtype.numpy())
-        mask[entry.start : entry.stop] = 0
-        value = ir.Value(name=f"{entry.tensor}.mask", const_value=ir.tensor(mask, name=f"{entry.tensor}.mask"))
-        model.graph.initializers.add(value)
-        for node, _ in list(weight.uses()):
-            silenced = ir.node("Mul", [node.inputs[0], value], name=f"{entry.tensor}.silenced")
-            silenced.outputs[0].name = f"{entry.tensor}.silenced.out"
-            model.graph.insert_before(node, silenced)
-            node.replace_input_with(0, silenced.outputs[0])
-    graph: bytes = ir.to_proto(model).SerializeToString()
-    return graph
 
 
 BACKEND = OnnxRuntime()

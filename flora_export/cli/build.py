@@ -19,6 +19,7 @@ from flora_export.cli.common import (
     vacuous_option,
 )
 from flora_export.cli.engine_options import engine_options, given_options
+from flora_export.cli.quantization_options import loss_option, quantization_options
 
 
 @click.command()
@@ -27,13 +28,15 @@ from flora_export.cli.engine_options import engine_options, given_options
 @base_option
 @click.option("--output", type=DIRECTORY, required=True, help="Directory to make. Refused where it exists.")
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), help="Machine to build for. Without it, the first that the backend knows.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32", show_default=True)
 @click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="How far adapter branches are fused.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
 @vacuous_option
 @click.option("--align", type=click.IntRange(min=1), metavar="N", help="Pad ranks with zeros to a multiple of N; else as the target likes.")
+@quantization_options
+@loss_option
 @engine_options
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @json_option
@@ -51,9 +54,10 @@ def build(
     verify: bool,
     allow_vacuous: bool,
     align: int | None,
+    max_quantization_loss: float | None,
     force: bool,
     as_json: bool,
-    **engine: object,
+    **settings: object,
 ) -> None:
     """Build an artifact from the adapter CKPT."""
 
@@ -61,8 +65,10 @@ def build(
         let_threads_sleep()
         from flora_export import pipeline
 
-        settings = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, engine))
-        options = pipeline.BuildOptions(backend, target, precision, fuse, verify, allow_vacuous, force, align=align, settings=settings)
+        own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
+        options = pipeline.BuildOptions(
+            backend, target, precision, fuse, verify, allow_vacuous, force, align, max_quantization_loss, settings=own
+        )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish
 

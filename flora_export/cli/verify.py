@@ -16,6 +16,7 @@ from flora_export.cli.common import (
     run_command,
     vacuous_option,
 )
+from flora_export.cli.quantization_options import loss_option
 
 
 @click.command()
@@ -24,6 +25,7 @@ from flora_export.cli.common import (
 @base_option
 @vacuous_option
 @click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
+@loss_option
 @click.option("--localise", is_flag=True, help="Name the first stage, layer and tensor that diverges; done anyway where the numbers fail.")
 @click.option("--report", type=DIRECTORY, metavar="FILE", help="Write the report: a page where the name ends in .html, else JSON.")
 @click.option("--markdown", type=DIRECTORY, metavar="FILE", help="Write a short comment for a pull request.")
@@ -35,6 +37,7 @@ def verify(
     base: str | None,
     allow_vacuous: bool,
     prompts: Path | None,
+    max_quantization_loss: float | None,
     localise: bool,
     report: Path | None,
     markdown: Path | None,
@@ -52,7 +55,7 @@ def verify(
 
         if base is not None and ckpt is None:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
-        options = VerifyOptions(allow_vacuous, prompts, localise=localise)
+        options = VerifyOptions(allow_vacuous, prompts, localise=localise, max_quantization_loss=max_quantization_loss)
         found = pipeline.verify(out, ckpt, base, options, progress())
         write_reports(found, open_artifact(out), report, markdown, junit)
         if as_json:

@@ -22,6 +22,9 @@ from flora_export.passes.fuse_backward import FuseBackward
 from flora_export.passes.fuse_forward import FuseForward
 from flora_export.passes.hosts import find_hosts
 from flora_export.passes.lower_attention import LowerAttention
+from flora_export.passes.quantize import Quantize
+from flora_export.quantization import Quantization
+from flora_export.weights import dims_of
 
 # Forms whose compiler makes one GEMM of projections that read the same x: there, forward fusion would add a slice and bring nothing.
 MERGES_SIBLINGS = {"tensorrt": "A: TensorRT itself merges it into its hosts"}
@@ -40,14 +43,28 @@ class Fused:
     cache_tokens: int
     passes: tuple[str, ...]
     operators_before: dict[str, int]
+    quantization: Quantization | None = None
+
+    @property
+    def precision(self) -> str:
+        return self.capture.precision if self.quantization is None else self.quantization.precision
 
     @property
     def model(self) -> ir.Model:
         return self.capture.model
 
 
-def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse: str, *, align: int = 1, cache_tokens: int = 0) -> Fused:
-    """Attach the adapter to the captured graph and fuse it to a level, in place.
+def fuse_adapter(
+    capture: Capture,
+    base: BaseModel,
+    checkpoint: Checkpoint,
+    fuse: str,
+    *,
+    align: int = 1,
+    cache_tokens: int = 0,
+    quantization: Quantization | None = None,
+) -> Fused:
+    """Attach the adapter to the captured graph, fuse it to a level, and quantize what is to be, in place.
 
     Args:
         align: ranks are padded with zeros to a multiple of it.
@@ -59,17 +76,25 @@ def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse
     lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
     lowered = run_passes(capture.model, lowered)
     before = operator_counts(capture.model)
-    branches = place_branches(capture.model, checkpoint, base, align)
-    passes = passes_for(fuse, branches, checkpoint, capture.form, base)
+    if quantization is not None and not quantization.fusable:
+        fuse = "none"
+    branches = place_branches(capture.model, checkpoint, base, align, fuse, quantization)
+    passes = passes_for(fuse, branches, checkpoint, capture.form, base, quantization)
     run_passes(capture.model, passes)
-    passes = lowered + passes
-    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, tuple(type(pass_).__name__ for pass_ in passes), before)
+    names = tuple(type(pass_).__name__ for pass_ in lowered + passes)
+    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, names, before, quantization)
 
 
-def place_branches(model: ir.Model, checkpoint: Checkpoint, base: BaseModel, align: int) -> tuple[Branch, ...]:
-    """The adapter's branches with their hosts in a graph, padded."""
+def place_branches(
+    model: ir.Model, checkpoint: Checkpoint, base: BaseModel, align: int, fuse: str, quantization: Quantization | None = None
+) -> tuple[Branch, ...]:
+    """The adapter's branches with their hosts in a graph, padded: beside their rank, and to a block of their own below the host's rows."""
     padded = [dataclasses.replace(branch, padding=-branch.rank % align) for branch in checkpoint.branches]
-    return find_hosts(model, padded, base.width)
+    placed = find_hosts(model, padded, base.width)
+    if quantization is None or fuse not in ("backward", "both"):
+        return placed
+    rows = {branch.block: dims_of(model.graph.initializers[branch.writes[0]])[0] for branch in placed}
+    return tuple(dataclasses.replace(branch, lead=-rows[branch.block] % quantization.block_size) for branch in placed)
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:
@@ -78,22 +103,28 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
 
 
 def passes_for(
-    fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu", base: BaseModel | None = None
+    fuse: str,
+    branches: Sequence[Branch],
+    checkpoint: Checkpoint,
+    form: str = "cpu",
+    base: BaseModel | None = None,
+    quantization: Quantization | None = None,
 ) -> list[ir.passes.InPlacePass]:
     """The passes of a fusion level, in order, for a form of the capture. A checkpoint that changes weights needs the base model."""
     order: list[ir.passes.InPlacePass] = []
     if checkpoint.changes:
         assert base is not None
         order.append(ChangeWeights(checkpoint, base))  # before what widens weights: it knows them as the capture has made them
-    if not branches:
-        return order
-    order.append(Attach(branches, checkpoint))  # it makes what the others fuse
-    if fuse == "both":
-        order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
-    if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):
-        order.append(FuseForward(branches))
-    if fuse in ("backward", "both"):
-        order.append(FuseBackward(branches))
+    if branches:
+        order.append(Attach(branches, checkpoint))  # it makes what the others fuse
+        if fuse == "both":
+            order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
+        if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):
+            order.append(FuseForward(branches))
+        if fuse in ("backward", "both"):
+            order.append(FuseBackward(branches))
+    if quantization is not None:
+        order.append(Quantize(quantization))  # the others know floating-point weights alone
     return order
 
 

@@ -76,12 +76,14 @@ class Attach(ir.passes.InPlacePass):
         """source [..., in] @ weight [in, out]; adds the node and its weight, returns the product."""
         dtype = model.graph.initializers[branch.writes[0]].dtype
         assert dtype is not None
-        parts = [_part(self.checkpoint, branch, matrix, dtype)]
         width = next(iter(model.graph.initializers[branch.reads[0]].shape or ()))
         axis, other = (0, width) if matrix == "B" else (1, width)  # the stacking axis is the one of size r
         assert isinstance(other, int)
-        if branch.padding:  # φ(0) meets rows of zeros: nothing is added
-            parts.append(zeros([branch.padding, other] if axis == 0 else [other, branch.padding], axis, dtype))
+        # φ(0) meets rows of zeros: nothing is added
+        lead, padding = (
+            [zeros([size, other] if axis == 0 else [other, size], axis, dtype)] if size else [] for size in (branch.lead, branch.padding)
+        )
+        parts = [*lead, _part(self.checkpoint, branch, matrix, dtype), *padding]
         tensor = Stacked(weight_name(branch, matrix), parts, axis, dtype, [other])
         weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
         model.graph.initializers.add(weight)

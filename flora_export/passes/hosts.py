@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from flora_export.branch import Branch
 from flora_export.errors import FusionError
-from flora_export.weights import Part, parts_of
+from flora_export.weights import Part, dims_of, parts_of
 
 # Operators that act on each element alone, so that more columns in are more columns out and nothing else changes.
 # fmt: off
@@ -59,7 +59,7 @@ def find_hosts(model: ir.Model, branches: Sequence[Branch], width: int) -> tuple
     Raises:
         FusionError: a block has no such hosts in this graph, or more than one candidate; the message names the block.
     """
-    matmuls = [node for node in model.graph if node.op_type == "MatMul" and node.domain == "" and _weight(node) is not None]
+    matmuls = [node for node in model.graph if node.op_type in ("MatMul", "MatMulNBits") and _weight(node) is not None]
     return tuple(_find_one(branch, matmuls, width) for branch in branches)
 
 
@@ -78,10 +78,8 @@ def _find_one(branch: Branch, matmuls: Sequence[ir.Node], width: int) -> Branch:
             "Blocks with experts or several outputs are not supported."
         )
     for node, axis in ((readers[0], 0), (writers[0], 1)):
-        weight = _weight(node)
-        assert weight is not None and weight.shape is not None
-        if weight.shape[axis] != width:
-            raise FusionError(f"{weight.name} is {weight.shape} in the graph, but axis {axis} should be the model's width {width}")
+        if (shape := _shape(node))[axis] != width:
+            raise FusionError(f"{_name(_weight(node))} is {shape} in the graph, but axis {axis} should be the model's width {width}")
     return replace(branch, reads=tuple(_name(_weight(node)) for node in readers), writes=(_name(_weight(writers[0])),))
 
 
@@ -213,6 +211,13 @@ def _weight(node: ir.Node) -> ir.Value | None:
     """The weight [in, out] of a MatMul, or None where both inputs are computed."""
     weight = node.inputs[1]
     return weight if weight is not None and weight.is_initializer() else None
+
+
+def _shape(node: ir.Node) -> list[int]:
+    """[in, out] of a MatMul's weight, quantized or not."""
+    weight = _weight(node)
+    assert weight is not None
+    return [node.attributes[name].as_int() for name in ("K", "N")] if node.op_type == "MatMulNBits" else dims_of(weight)
 
 
 def _name(value: ir.Value | None) -> str:

@@ -32,7 +32,7 @@ from flora_export.passes.hosts import find_hosts
 from flora_export.verify.numerics import TOLERANCES
 
 Array = npt.NDArray[np.float32]
-WRITTEN = "written file"
+QUANTIZED, WRITTEN = "graph after Quantize", "written file"
 _BLOCK = re.compile(rf"(?P<block>(?:\w+\.)*layers\.(?P<layer>\d+)\.(?P<name>{'|'.join(BLOCK_KINDS)}))\.")
 
 
@@ -57,14 +57,24 @@ class BlockError:
 
 
 def localise(
-    artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, truth: Blocks, tokens: list[int], progress: Callable[[str, int, int], None]
+    artifact: Artifact,
+    base: BaseModel,
+    checkpoint: Checkpoint,
+    truth: Blocks,
+    tokens: list[int],
+    progress: Callable[[str, int, int], None],
+    quantized: Blocks | None = None,
 ) -> str:
-    """The first stage and block that diverge, in words; or that none does, and the fault is after the last block."""
+    """The first stage and block that diverge, in words; or that none does, and the fault is after the last block.
+
+    `quantized` is the truth of what is quantized: of the last stages of a quantized artifact.
+    """
     blocks = [branch.block for branch in observed(artifact, checkpoint, base)]
-    expected = {adapter: truth.block_outputs(tokens, blocks, adapter=adapter) for adapter in (False, True)}
     for stage, adapter, directory, branches in _stages(artifact, base, checkpoint):
         progress(f"looking into the {stage}", 0, 1)
-        for found in block_errors(Artifact(directory, artifact.manifest), branches, expected[adapter], tokens):
+        late = quantized if quantized is not None and stage in (QUANTIZED, WRITTEN) else truth
+        expected = late.block_outputs(tokens, blocks, adapter=adapter)
+        for found in block_errors(Artifact(directory, artifact.manifest), branches, expected, tokens):
             if not found.error <= found.allowed:  # the first in the order of layers is the cause, and the others suffer from it
                 return f"{stage}, {found}"
     return "no block is off in any stage; what is left is after the last block (final norm, head), or in cached steps alone"
@@ -78,10 +88,10 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     if not backend.runs_graph:  # the file is the one stage
         yield WRITTEN, True, artifact.path, written
         return
-    captured = capture(base, backend.form(manifest.target), manifest.precision)
+    captured = capture(base, backend.form(manifest.target), manifest.compute)
     run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
-    branches = place_branches(captured.model, checkpoint, base, manifest.align)
-    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, base)
+    branches = place_branches(captured.model, checkpoint, base, manifest.align, manifest.fuse, manifest.quantization)
+    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, base, manifest.quantization)
     looked_at = branches or hosts_of_changes(captured.model, checkpoint, base)
     for index in range(len(passes) + 1):
         if index:
@@ -122,7 +132,7 @@ def hosts_of_changes(model: ir.Model | None, checkpoint: Checkpoint, base: BaseM
 
 def block_errors(artifact: Artifact, branches: Sequence[Branch], expected: dict[str, Array], tokens: list[int]) -> list[BlockError]:
     """Every block's error for one prompt, in the order of layers. `expected` is eager's `block_outputs`."""
-    tolerance = TOLERANCES[artifact.manifest.precision].logits
+    tolerance = TOLERANCES[artifact.manifest.compute].logits
     errors = []
     outputs = backend_of(artifact).block_outputs(artifact, branches, tokens)
     for branch in branches:

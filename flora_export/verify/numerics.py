@@ -43,6 +43,10 @@ TOLERANCES = {
     "fp32": Tolerance(10.0, 1e-4, 0.01, 2.0**-23),
     "fp16": Tolerance(10.0, 1e-2, 0.03, 2.0**-10),
     "bf16": Tolerance(10.0, 5e-2, 0.045, 2.0**-7),
+    # As they run, with activations rounded to int8: each kernel rounds a little otherwise, and after some layers no two agree on more than
+    # how far they are from the truth. The graph itself is held to the tolerance of what it computes in, its activations not rounded.
+    "int8": Tolerance(3.0, 0.15, 0.5, 2.0**-9),
+    "int4": Tolerance(3.0, 0.15, 0.5, 2.0**-9),
 }
 
 
@@ -123,7 +127,7 @@ def measure(expected: Expected, got: Logits, got_base: Logits, name: str, batch:
     effect, got_effect = difference(expected.adapted, expected.base), difference(got, got_base)
     norm = float(np.linalg.norm(effect))
     error = np.abs(got - expected.adapted)
-    kl = _divergence(expected.adapted, got)
+    kl = divergence(expected.adapted, got)
     first = len(expected.prompt) - 1
     off = float(np.linalg.norm(got_effect - effect))
     other, margin = _first_other_token(expected.adapted[first:], got[first:])
@@ -157,7 +161,7 @@ def difference(adapted: Logits, base: Logits) -> npt.NDArray[np.float64]:
     return adapted.astype(np.float64) - base
 
 
-def _divergence(expected: Logits, got: Logits) -> npt.NDArray[np.float64]:
+def divergence(expected: Logits, got: Logits) -> npt.NDArray[np.float64]:
     """KL(truth || artifact) of the next-token distributions, per position, in nats."""
     p, q = _log_softmax(expected), _log_softmax(got)
     result: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from flora_export.backends import Golden, Progress, Runner, backend_of
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.proof import LedgerReport
-from flora_export.verify.coverage import LIMIT_STEPS, STEPS, ask_eager, compare, expect, expect_near_limit, measure_floors
+from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Run, ask_eager, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
 from flora_export.verify.localise import block_errors, localise, observed
+from flora_export.verify.numerics import Numerics
+from flora_export.verify.price import measure_price
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
 
@@ -24,6 +27,7 @@ class VerifyOptions:
     allow_vacuous: bool = False
     prompts: Path | None = None  # a file of prompts, one a line, instead of those that ship
     golden: bool = False  # record golden vectors
+    max_quantization_loss: float | None = None  # nats per token
     localise: bool = False  # name the first block that diverges even where all is right
 
 
@@ -40,11 +44,14 @@ def verify_numerics(
         FloraExportError: the sources or the artifact cannot be loaded or run.
     """
     from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
+    from flora_export.verify.quantized_reference import QuantizedReference, with_rounding
 
-    precision = artifact.manifest.precision
+    manifest, precision = artifact.manifest, artifact.manifest.compute
     progress("loading eager PyTorch", 0, 1)
-    eager = Reference(base, checkpoint.path)
-    runners = open_runner(artifact), base_runner(artifact, base)
+    eager = (
+        Reference(base, checkpoint.path) if manifest.quantization is None else QuantizedReference(base, checkpoint, manifest.quantization)
+    )
+    runners = open_runner(artifact, exact=True), base_runner(artifact, base, exact=True)
     limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
     longest = min(longest_prompt(base, limits.total), limits.prompt)
     prompts, source = encode_prompts(artifact.path, base.vocabulary, longest, options.prompts)
@@ -60,6 +67,10 @@ def verify_numerics(
     branches = observed(artifact, checkpoint, base)
     names = [branch.block for branch in branches]
     blocks = block_errors(artifact, branches, eager.block_outputs(prompts[0], names, adapter=True), prompts[0])
+    price, rounded = None, []
+    if isinstance(eager, QuantizedReference):
+        progress("asking what quantization costs", 0, 1)
+        price, rounded = measure_price(expected, eager, Reference(base, checkpoint.path)), with_rounding(eager, runs)
     measure_floors(eager.to_precision(precision), runs, precision)
     del eager
     numerics = compare(
@@ -72,7 +83,27 @@ def verify_numerics(
         progress=lambda done, of: progress("comparing with PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)
-    return Report(LedgerReport(), numerics, blocks=blocks, environment=environment(*runners))
+    report = Report(LedgerReport(), numerics, blocks=blocks, environment=environment(*runners))
+    if price is not None:
+        report.price, report.max_quantization_loss = price, options.max_quantization_loss
+        report.kernels = _as_it_runs(artifact, base, rounded, source, progress)
+    return report
+
+
+def _as_it_runs(artifact: Artifact, base: BaseModel, rounded: Sequence[Run], source: str, progress: Progress) -> Numerics:
+    """A quantized artifact as it is served, its runtime free to round activations: held to what such rounding does to eager PyTorch."""
+    *expected, (near_limit, cache) = rounded
+    assert cache is not None
+    return compare(
+        [item for item, _ in expected],
+        (near_limit, cache),
+        open_runner(artifact),
+        base_runner(artifact, base),
+        precision=artifact.manifest.precision,
+        source=source,
+        allow_vacuous=True,  # the exact run has judged that
+        progress=lambda done, of: progress("comparing as it runs", done, of),
+    )
 
 
 def replayed(artifact: Artifact, ledger: LedgerReport, progress: Progress) -> Report:
@@ -101,7 +132,12 @@ def first_divergence(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
     from flora_export.reference import Reference
 
     prompts, _ = encode_prompts(artifact.path, base.vocabulary, longest_prompt(base, artifact.manifest.cache_tokens))
-    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress)
+    quantized = None
+    if artifact.manifest.quantization is not None:
+        from flora_export.verify.quantized_reference import QuantizedReference
+
+        quantized = QuantizedReference(base, checkpoint, artifact.manifest.quantization)
+    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress, quantized)
 
 
 def longest_prompt(base: BaseModel, room: int) -> int:
@@ -109,17 +145,17 @@ def longest_prompt(base: BaseModel, room: int) -> int:
     return max(1, min(base.context, room or base.context) - STEPS - 1)
 
 
-def open_runner(artifact: Artifact, *, adapter: bool = True) -> Runner:
-    """The artifact in its runtime, with its adapter or with that silenced."""
-    return backend_of(artifact).decode(artifact, adapter=adapter)
+def open_runner(artifact: Artifact, *, adapter: bool = True, exact: bool = False) -> Runner:
+    """The artifact in its runtime, with its adapter or with that silenced; `exact` as `Backend.decode` has it."""
+    return backend_of(artifact).decode(artifact, adapter=adapter, exact=exact)
 
 
-def base_runner(artifact: Artifact, base: BaseModel) -> Runner:
+def base_runner(artifact: Artifact, base: BaseModel, *, exact: bool = False) -> Runner:
     """The artifact's base model: the artifact with its branches silenced, or the base built anew where its weights are changed."""
     if not artifact.manifest.changes:
-        return open_runner(artifact, adapter=False)
+        return open_runner(artifact, adapter=False, exact=exact)
     with tempfile.TemporaryDirectory(prefix="flora-export-base-") as name:  # the runner keeps what it needs of it
-        return backend_of(artifact).decode_base(artifact, base, Path(name))
+        return backend_of(artifact).decode_base(artifact, base, Path(name), exact=exact)
 
 
 def environment(*runners: Runner) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from flora_export.proof import LedgerReport
 from flora_export.verify.localise import BlockError
 from flora_export.verify.numerics import Numerics
+from flora_export.verify.price import Price
 
 
 @dataclass
@@ -19,6 +20,9 @@ class Report:
     ledger: LedgerReport
     numerics: Numerics | None = None
     replay_faults: list[str] | None = None
+    kernels: Numerics | None = None  # of a quantized artifact, as it runs: `numerics` is then of its graph, activations not rounded
+    price: Price | None = None  # what quantization costs
+    max_quantization_loss: float | None = None
     blocks: list[BlockError] = field(default_factory=list)  # of the written file, for the first prompt
     first_divergence: str | None = None  # where the build goes wrong: stage, layer, block, tensor
     environment: dict[str, str] = field(default_factory=dict)
@@ -27,6 +31,8 @@ class Report:
     def causes(self) -> list[str]:
         """Why it fails: what the numbers say first, since one such cause can stand for many tensors, then the bytes."""
         causes = list(self.numerics.causes) if self.numerics is not None else []
+        causes += [f"as it runs: {cause}" for cause in (self.kernels.causes if self.kernels is not None else [])]
+        causes += self.price.causes(self.max_quantization_loss) if self.price is not None else []
         return causes + list(self.ledger.faults) + list(self.replay_faults or [])
 
     @property
@@ -64,6 +70,8 @@ class Report:
             lines.append("  golden vectors: replayed")
         if self.numerics is not None:
             lines += _table(self.numerics)
+        if self.kernels is not None and self.price is not None:
+            lines += _quantized(self.kernels, self.price)
         if "runtime" in self.environment:
             lines.append(f"  run in {self.environment['runtime']}")
         return "\n".join(lines)
@@ -88,6 +96,19 @@ def _table(numerics: Numerics) -> list[str]:
             f"{_multiple(case.effect_error, case.floor_effect):>8}  {greedy}"
         )
     return lines
+
+
+def _quantized(kernels: Numerics, price: Price) -> list[str]:
+    worst = max(kernels.cases, key=lambda case: case.effect_error / kernels.allowed_effect(case))
+    own = "" if price.adapter_loss is None else f"; rounding A, B and G alone moves it by {price.adapter_loss:.2%}"
+    lines = [
+        f"  as it runs, activations rounded to int8: effect off by {worst.effect_error:.1%} in {worst.name}, where such rounding in eager "
+        f"PyTorch is off by {worst.floor_effect or 0.0:.1%} (allowed {kernels.tolerance.multiple:g} times that)",
+        f"  price of {kernels.precision}: the adapter's effect moves by {price.effect_error:.1%}{own}",
+        f"    answers, from the model as it was trained: {price.kl_mean:.3g} nats per token, the same next token at "
+        f"{price.top1_agreement:.1%} of places; the base model alone {price.base_kl_mean:.3g} and {price.base_top1_agreement:.1%}",
+    ]
+    return lines + [f"    {advice}" for advice in price.advice]
 
 
 def _figure(value: float | None) -> str:

@@ -66,6 +66,7 @@ class TensorRT(GraphBackend):
     name = "tensorrt"
     targets = {"cuda": "tensorrt"}  # noqa: RUF012  # never written to
     aligned = {"fp16": 8, "bf16": 8}  # noqa: RUF012  # tensor cores want widths that are a multiple of 16 bytes
+    unquantized = "engines are built in fp32, fp16 and bf16. For int4 and int8 use --backend onnxruntime --target cuda"
 
     def options(self, given: Mapping[str, Any]) -> EngineOptions:
         return read_options(given)
@@ -90,7 +91,7 @@ class TensorRT(GraphBackend):
         assert isinstance(plan, EngineBuild)
         return write(fused, directory, plan, progress)
 
-    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> Runner:
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Runner:
         """The engine, where this machine has a GPU; else, or without its adapter, the lowered ONNX on the CPU.
 
         Raises:

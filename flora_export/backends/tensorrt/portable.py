@@ -7,7 +7,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from flora_export.artifact import Artifact
-from flora_export.backends.onnxruntime import Decoder, without_adapter
+from flora_export.backends.edited import edited_graph
+from flora_export.backends.onnxruntime import Decoder
 
 
 class PortableDecoder(Decoder):
@@ -20,7 +21,7 @@ class PortableDecoder(Decoder):
     def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, graph: bytes | None = None) -> None:
         arithmetic = ""
         if artifact.manifest.precision == "bf16":
-            source = graph or (artifact.model.read_bytes() if adapter else without_adapter(artifact))
+            source = graph or edited_graph(artifact, adapter=adapter)
             graph = ir.to_proto(in_fp32(ir.from_proto(onnx.load_model_from_string(source)))).SerializeToString()
             arithmetic = ", in fp32 with bf16 weights"
         super().__init__(artifact, adapter=adapter, threads=threads, graph=graph, provider="CPUExecutionProvider")

@@ -1,0 +1,165 @@
+"""Quantize: projections become integers of a few bits with a scale for each block of their inputs, adapter slices and all.
+
+before   x ── W ── y                        after   x ── MatMulNBits(codes, scales) ── y
+before   ids ── table ── Gather ── x        after   ids ── GatherBlockQuantized(codes, scales) ── x
+
+A head that is tied to the embeddings reads the same codes. A block never holds numbers of two tensors: more columns are more rows of codes,
+and more rows of W begin a block of their own, so that widened or not each of the base's weights has the same codes.
+
+Runs last: what the other passes do to floating-point weights holds for the codes as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import onnx_ir as ir
+
+from flora_export.errors import FusionError
+from flora_export.packing import Form
+from flora_export.passes.builder import Builder
+from flora_export.quantization import Quantization
+from flora_export.weights import Array, Part, Stacked, dims_of, parts_of, zeros
+
+DOMAIN = "com.microsoft"
+IDS = "input_ids"
+LAYERS = ".layers."  # what is outside of them are the embeddings and the head
+
+
+class Quantize(ir.passes.InPlacePass):
+    """Initializers keep their names and hold the codes; beside each stands `{name}.scales`."""
+
+    def __init__(self, quantization: Quantization) -> None:
+        self.quantization = quantization
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = [(weight, uses) for weight in list(model.graph.initializers.values()) if (uses := _uses(weight))]
+        done = [weight for weight, uses in found if self._quantize_one(model, weight, uses)]
+        return ir.passes.PassResult(model, modified=bool(done))
+
+    def ensures(self, model: ir.Model) -> None:
+        for weight in model.graph.initializers.values():
+            if _uses(weight) and self._bits(weight):
+                raise FusionError(f"{weight.name}: was not quantized")
+
+    def _bits(self, weight: ir.Value) -> int:
+        """The bits of a weight, by what it is: 0 where it keeps its precision."""
+        if LAYERS not in (weight.name or ""):
+            return self.quantization.head_bits
+        if all(part.origin in ("adapter", "zeros") for part in parts_of(weight)[1]):
+            return self.quantization.adapter_bits
+        return self.quantization.bits
+
+    def _quantize_one(self, model: ir.Model, weight: ir.Value, uses: Sequence[ir.Node]) -> bool:
+        bits = self._bits(weight)
+        if not bits:
+            return False
+        by_row = any(node.op_type in ("Gather", "Transpose") for node in uses)
+        inputs, outputs = reversed(dims_of(weight)) if by_row else dims_of(weight)
+        block = self.quantization.block_size
+        if by_row and inputs % block:
+            raise FusionError(
+                f"{weight.name}: a row of {inputs} numbers is no whole number of blocks of {block}. Choose a --block-size that divides it, "
+                "or --head-precision keep."
+            )
+        restated = _restated(weight, Form(bits, block, "scales", by_row), f"{weight.name}.scales")
+        scales = ir.Value(name=restated.name, shape=restated.shape, type=ir.TensorType(restated.dtype), const_value=restated)
+        model.graph.initializers.add(scales)
+        codes = _restated(weight, Form(bits, block, "codes", by_row), weight.name or "")
+        weight.const_value, weight.shape, weight.type = codes, codes.shape, ir.TensorType(codes.dtype)
+        product = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": self.quantization.accuracy_level}
+        for node in uses:
+            if node.op_type == "Gather":
+                attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+                _replace(model, node, "GatherBlockQuantized", [weight, node.inputs[1], scales], attributes)
+            elif node.op_type == "MatMul":
+                _replace(model, node, "MatMulNBits", [node.inputs[0], weight, scales], product)
+            else:
+                (matmul,) = [user for user, _ in node.outputs[0].uses()]
+                source = _by_blocks(model, weight, matmul, [outputs, inputs // block, block * bits // 8])
+                _replace(model, matmul, "MatMulNBits", [matmul.inputs[0], source, scales], product)
+                model.graph.remove(node, safe=True)
+        model.graph.opset_imports.setdefault(DOMAIN, 1)
+        return True
+
+
+def _uses(weight: ir.Value) -> list[ir.Node]:
+    """The nodes that read a floating-point matrix as weight or table; none where any reads it as something else."""
+    if weight.dtype is None or not weight.dtype.is_floating_point() or len(dims_of(weight)) != 2:
+        return []
+    uses = list(weight.uses())
+    return [node for node, _ in uses] if uses and all(_reads(node, index) for node, index in uses) else []
+
+
+def _reads(node: ir.Node, index: int) -> bool:
+    if node.op_type == "Transpose":
+        users = list(node.outputs[0].uses())
+        return len(users) == 1 and users[0][0].op_type == "MatMul" and users[0][1] == 1
+    if node.op_type == "Gather":  # not a table of rotary angles, which is looked up by position
+        ids = node.inputs[1]
+        return index == 0 and ids is not None and ids.name == IDS
+    return (node.domain, node.op_type, index) == ("", "MatMul", 1)
+
+
+def _restated(weight: ir.Value, form: Form, name: str) -> Stacked:
+    """A weight in a form: a part for each of its parts."""
+    axis, parts = parts_of(weight)
+    along_blocks = axis == (1 if form.by_row else 0)
+    inputs, outputs = reversed(dims_of(weight)) if form.by_row else dims_of(weight)
+    blocks, unit = -(-inputs // form.block_size), 1
+    shape = [outputs, blocks]
+    if form.content == "codes":
+        size = form.block_size * form.bits // 8
+        shape, unit = ([outputs, blocks * size], size) if form.by_row else ([outputs, blocks, size], 1)
+    placed = int(along_blocks)
+    made = []
+    for part, added in _by_block(weight, parts, form.block_size) if along_blocks else ((part, 0) for part in parts):
+        extent = -(-(part.size + added) // form.block_size) * unit if along_blocks else part.size
+        made.append(Part(part.tensor, part.origin, extent, part.scale, _reader(part, form), str(form)))
+    assert weight.dtype is not None
+    dtype = weight.dtype if form.content == "scales" else ir.DataType.UINT8
+    return Stacked(name, made, placed, dtype, shape[:placed] + shape[placed + 1 :])
+
+
+def _by_block(weight: ir.Value, parts: Sequence[Part], block: int) -> Iterator[tuple[Part, int]]:
+    """Parts along the input dimension, each with how many zeros after it fill up its last block.
+
+    Raises:
+        FusionError: a part would begin within another's block.
+    """
+    assert weight.dtype is not None
+    last, added = parts[0], 0
+    for part in parts[1:]:
+        room = min(-(last.size + added) % block, part.size)
+        if room and part.origin != "zeros":
+            raise FusionError(
+                f"{weight.name}: {part.tensor} would share a block of {block} with {last.tensor}. Choose a smaller --block-size."
+            )
+        added += room
+        if part.size > room:
+            yield last, added
+            last, added = zeros([part.size - room, dims_of(weight)[1]], 0, weight.dtype) if room else part, 0
+    yield last, added
+
+
+def _reader(part: Part, form: Form) -> Callable[[], Array]:
+    """A part in a form. The zeros that fill up its last block are those that `quantize` puts there."""
+    return lambda: form.of(part.read())
+
+
+def _by_blocks(model: ir.Model, codes: ir.Value, before: ir.Node, shape: list[int]) -> ir.Value:
+    """The codes of a table as MatMulNBits wants them: [rows, bytes] -> [rows, blocks, bytes of a block]."""
+    build = Builder(model, before, codes.name or "")
+    return build("Reshape", [codes, build.constant(f"{codes.name}.blocks", shape)], "by_block")
+
+
+def _replace(model: ir.Model, node: ir.Node, operator: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int]) -> None:
+    """Another operator in a node's place: its output keeps its name, type and shape."""
+    new = ir.node(operator, inputs, attributes=attributes, domain=DOMAIN, name=node.name)
+    old, made = node.outputs[0], new.outputs[0]
+    made.type, made.shape = old.type, old.shape
+    old.replace_all_uses_with(made, replace_graph_outputs=True)
+    model.graph.insert_before(node, new)
+    name = old.name
+    model.graph.remove(node, safe=True)
+    made.name = name

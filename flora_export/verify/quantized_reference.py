@@ -1,0 +1,160 @@
+"""Eager PyTorch on the numbers that a quantized artifact stands for: the truth that its graph is held to.
+
+Each weight of a linear layer, of the embeddings and of the adapter is quantized and read back, by its name and nothing of the graph.
+What an adapter changes in the base's weights is changed before it is quantized, as a build does it; that the change itself is right, the
+ledger and `price.py` say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from flora_export.base_model import BaseModel
+from flora_export.checkpoint import Checkpoint
+from flora_export.errors import CheckpointError
+from flora_export.packing import Array, dequantize, quantize
+from flora_export.passes.change_weights import changed_values
+from flora_export.passes.quantize import LAYERS
+from flora_export.quantization import Quantization
+from flora_export.reference import Reference, load_eager, quiet
+from flora_export.verify.coverage import Run, measure_floors
+
+Tensors = dict[str, torch.Tensor]
+Rounded = Callable[[torch.Tensor], torch.Tensor]
+
+
+class QuantizedReference(Reference):
+    """As Reference, with the adapter or without, on dequantized weights."""
+
+    def __init__(self, base: BaseModel, checkpoint: Checkpoint, quantization: Quantization) -> None:
+        """Load both, and quantize.
+
+        Raises:
+            CheckpointError: transformers or PEFT cannot load them; or the adapter both changes weights and stands beside others.
+        """
+        self.quantization = quantization
+        self._changed: Tensors = {}
+        if not checkpoint.changes:
+            super().__init__(base, checkpoint.path)
+        elif checkpoint.branches:
+            raise CheckpointError(
+                f"{checkpoint.path} changes weights and has branches beside them as well: such an artifact cannot be verified quantized. "
+                "Build it in fp32 or fp16."
+            )
+        else:
+            try:
+                with quiet():
+                    self.model = load_eager(base).eval()
+            except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+                raise CheckpointError(f"eager PyTorch cannot load {base.name} ({type(error).__name__}: {error})") from error
+            values = {change.tensor: changed_values(checkpoint, change, base, np.float32) for change in checkpoint.changes}
+            self._changed = {name: torch.from_numpy(self._read_back(name, value)) for name, value in values.items()}
+        names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.ndim == 2}
+        own = {
+            tensor: (branch, matrix) for branch in checkpoint.branches for matrix in branch.matrices for tensor in [branch.tensor(matrix)]
+        }
+        self._adapter: Tensors = {}  # A, B and G before they were quantized
+        for name, parameter in names.items():
+            tensor = name.replace(".default.", ".")
+            values = parameter.detach().numpy()
+            if tensor in own:
+                branch, matrix = own[tensor]
+                self._adapter[name] = parameter.detach().clone()
+                scale = np.float32(branch.scale if matrix == "B" else 1.0)
+                read = _read_back(values * scale, quantization.adapter_bits, quantization.block_size) / scale
+            else:
+                read = self._read_back(name, values)
+            parameter.data = torch.from_numpy(read)
+
+    def _read_back(self, name: str, values: Array) -> Array:
+        bits = self.quantization.bits if LAYERS in name else self.quantization.head_bits
+        return _read_back(values, bits, self.quantization.block_size) if values.ndim == 2 else values
+
+    @property
+    def _inner(self) -> nn.Module:
+        return self.model if self._changed else super()._inner
+
+    @contextlib.contextmanager
+    def _silenced(self, silent: bool) -> Iterator[None]:
+        """A merged adapter is in the weights themselves: they trade places with the base's."""
+        if not self._changed:
+            with super()._silenced(silent):
+                yield
+            return
+        parameters = dict(self.model.named_parameters())
+        kept = {name: parameters[name].data for name in self._changed}
+        if not silent:
+            for name, value in self._changed.items():
+                parameters[name].data = value.to(kept[name].dtype)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                parameters[name].data = value
+
+    @property
+    def quantizes_adapter(self) -> bool:
+        """Whether there are A, B and G that are quantized."""
+        return bool(self._adapter) and self.quantization.adapter_bits > 0
+
+    @contextlib.contextmanager
+    def exact_adapter(self) -> Iterator[None]:
+        """Within, A, B and G are what they were before they were quantized; the base stays as it is."""
+        parameters = dict(self.model.named_parameters())
+        kept = {name: parameters[name].data for name in self._adapter}
+        for name, value in self._adapter.items():
+            parameters[name].data = value
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                parameters[name].data = value
+
+    @contextlib.contextmanager
+    def rounded_activations(self) -> Iterator[None]:
+        """Within, what a quantized layer reads is rounded to int8, each block with a scale of its own: as a runtime does it for speed."""
+        block = self.quantization.block_size
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        bits = {False: self.quantization.bits, True: self.quantization.head_bits}
+        adapters = {name.removesuffix(".weight") for name in self._adapter}
+        handles = [
+            module.register_forward_pre_hook(lambda _, arguments: (_round(arguments[0], block), *arguments[1:]))
+            for name, module in layers
+            if (self.quantization.adapter_bits if name in adapters else bits[LAYERS not in name])
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def with_rounding(eager: QuantizedReference, runs: Sequence[Run]) -> list[Run]:
+    """The same runs, their noise floor what eager PyTorch is off by with rounded activations."""
+    rounded: list[Run] = [(replace(item, eager=None), cache) for item, cache in runs]
+    with eager.rounded_activations():
+        measure_floors(eager, rounded, eager.quantization.precision)
+    return rounded
+
+
+def _read_back(weight: Array, bits: int, block: int) -> Array:
+    """A weight [out, in] as it is when it has been quantized along its inputs; `bits` 0 leaves it."""
+    if not bits:
+        return weight
+    codes, scales = quantize(weight.T, bits, block)
+    return np.ascontiguousarray(dequantize(codes, scales, bits, weight.shape[1]).T)
+
+
+def _round(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x [..., in] in blocks along its last axis, each rounded to 255 steps of its own size."""
+    padded = nn.functional.pad(x, (0, -x.shape[-1] % block))
+    blocks = padded.reshape(*padded.shape[:-1], -1, block)
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    rounded = torch.where(scale > 0, (blocks / scale.clamp(min=1e-30)).round() * scale, blocks)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
