@@ -103,7 +103,7 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
         progress("building arms", len(arms), len(arms))
         eager = None
         if EAGER in arms and checkpoint is not None:
-            eager = EagerArm(base, checkpoint, manifest.target, manifest.precision, threads)
+            eager = EagerArm(base, checkpoint, manifest.target, manifest.compute, threads)
             stack.callback(eager.close)
         loads: dict[Series, list[Samples]] = defaultdict(list)
         for load in range(options.loads):

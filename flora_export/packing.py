@@ -72,7 +72,7 @@ def quantize(weight: Array, bits: int, block_size: int) -> tuple[Array, Array]:
         padded[:rows, : some.shape[1]] = some
         packed, scale, _ = quantizer.qbits_block_quant(np.ascontiguousarray(padded[:, : some.shape[1]]))
         codes.append(packed)
-        scales.append(scale)
+        scales.append(scale + 0)  # of a block of zeros it may be -0.0
     return np.concatenate(codes), np.concatenate(scales)
 
 
@@ -82,6 +82,14 @@ def dequantize(codes: Array, scales: Array, bits: int, rows: int) -> Array:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), codes.shape[1], -1)
     values = (codes.astype(np.int16) - (1 << (bits - 1))).astype(scales.dtype) * scales[..., None]
     return np.ascontiguousarray(values.reshape(len(codes), -1)[:, :rows].T)
+
+
+def read_back(weight: Array, bits: int, block_size: int) -> Array:
+    """A weight [out, in] as it is when it has been quantized along its inputs; `bits` 0 leaves it as it is."""
+    if not bits:
+        return weight
+    codes, scales = quantize(weight.T, bits, block_size)
+    return np.ascontiguousarray(dequantize(codes, scales, bits, weight.shape[1]).T)
 
 
 def quantizer_version() -> str:

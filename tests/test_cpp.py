@@ -29,9 +29,10 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [14, 15, 16, 17] * 8]
 STEPS = 40
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
+@pytest.fixture(scope="module", params=["fp32", "fp16", "int4"])
 def artifact(request: pytest.FixtureRequest, base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """fp32 has GroupQueryAttention, whose cache stays in one buffer; fp16 the standard Attention, whose cache grows."""
+    """fp32 has GroupQueryAttention, whose cache stays in one buffer; fp16 the standard Attention, whose cache grows; int4
+    quantized weights."""
     options = BuildOptions(precision=request.param)
     return build(adapter, str(base), tmp_path_factory.mktemp("cpp") / "out", options, silent)[0]
 

@@ -42,6 +42,7 @@ FLOORS = {
     "flora_export.genai": 7,
     "flora_export.generate": 8,
     "flora_export.pipeline": 8,
+    "flora_export.quantized_base": 8,
     "flora_export.bench": 8,
     "flora_export.inspection": 8,
     "flora_export.rebuild": 8,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 from flora_export.artifact import open_artifact
 from flora_export.backends import load_backend
@@ -18,12 +21,15 @@ from flora_export.backends.onnxruntime import Decoder
 from flora_export.backends.quantizing import QuantizationOptions
 from flora_export.base_model import load_base
 from flora_export.capture import capture
+from flora_export.cli import main
 from flora_export.errors import FloraExportError, VerificationError
 from flora_export.packing import Form, dequantize, quantize, read_form
 from flora_export.passes import run_passes
 from flora_export.passes.quantize import Quantize
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.quantization import BLOCK_SIZES
+from flora_export.verify.formats import junit, markdown
+from flora_export.verify.html import verify_page
 from flora_export.weights import parts_of
 from tests.conftest import silent
 from tests.families import GATED_FAMILIES, make_adapter, make_lora
@@ -273,6 +279,33 @@ def test_the_price_is_a_gate(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"quantization loss: .* nats per token"):
         build(adapter, str(base), tmp_path / "none", dataclasses.replace(allowed, max_quantization_loss=report.price.kl_mean / 2), silent)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_reports_say_what_it_costs(base: Path, adapter: Path, tmp_path: Path) -> None:
+    artifact, report = build(adapter, str(base), tmp_path / "out", options(), silent)
+    for text in (report.to_text(), markdown(report, "out"), verify_page(report, artifact)):
+        assert "price of int4" in text.lower() and "nats per token from the model as it was trained" in text
+    cases = {case.get("name") for case in ET.fromstring(junit(report, "out")).iter("testcase")}
+    assert {"as it runs", "price of quantization"} <= cases
+    assert report.to_dict()["price"]["kl_mean"] > 0
+
+
+@pytest.mark.parametrize(("precision", "block"), [("int4", 32), ("int8", 16)])
+def test_a_base_that_was_quantized_for_training_has_the_same_bits(precision: str, block: int, base: Path, tmp_path: Path) -> None:
+    """An adapter that is trained on it sees in training what it meets when it is served."""
+    asked = ["quantize-base", str(base), "--precision", precision, "--block-size", str(block), "--output", str(tmp_path / "snapped")]
+    result = CliRunner().invoke(main, [*asked, "--json"])
+    assert result.exit_code == 0 and 0 < json.loads(result.stdout)["moved"] < 0.12
+    adapter = make_adapter(tmp_path / "snapped", tmp_path / "adapter", alpha=16.0)
+    chosen = options(precision, block_size=block)
+    snapped, report = build(adapter, str(tmp_path / "snapped"), tmp_path / "one", chosen, silent)
+    other, first = build(adapter, str(base), tmp_path / "two", chosen, silent)
+    assert snapped.manifest.files["model.onnx.data"] == other.manifest.files["model.onnx.data"]
+    assert report.price is not None and first.price is not None and report.price.adapter_loss is not None
+    assert report.price.base_kl_mean < 1e-9 < first.price.base_kl_mean
+    assert abs(report.price.effect_error - report.price.adapter_loss) < 1e-5  # the base costs nothing more
+    again = CliRunner().invoke(main, asked)
+    assert again.exit_code == 2 and "exists already" in again.stderr
 
 
 def test_what_is_not_for_quantization_is_refused(base: Path, adapter: Path, bases: Callable[[str], Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from flora_export.cli.build import build
 from flora_export.cli.explain import explain
 from flora_export.cli.generate import generate
 from flora_export.cli.inspect import inspect
+from flora_export.cli.quantize_base import quantize_base
 from flora_export.cli.rebuild import rebuild
 from flora_export.cli.triton import triton
 from flora_export.cli.verify import verify
@@ -24,5 +25,5 @@ def main() -> None:
     """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""
 
 
-for command in (build, verify, explain, inspect, generate, bench, rebuild, triton):
+for command in (build, verify, explain, inspect, generate, bench, quantize_base, rebuild, triton):
     main.add_command(command)

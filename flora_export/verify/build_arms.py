@@ -23,6 +23,7 @@ from flora_export.manifest import ChangeRecord, Manifest
 from flora_export.methods import load_checkpoint
 from flora_export.passes import fuse_adapter, lowering, run_passes
 from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
+from flora_export.passes.quantize import Quantize
 from flora_export.verify.latency import BASE
 
 EAGER, FUSED, LORA, LORA_BUDGET = "eager", "fused", "lora", "lora-budget"
@@ -78,13 +79,15 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
     if arm in (EAGER, FUSED):
         return Built(out if arm == FUSED else None, adapter)
     manifest = out.manifest
-    captured = capture(base, backend_of(out).form(manifest.target), manifest.precision)
+    captured = capture(base, backend_of(out).form(manifest.target), manifest.compute)
+    quantization = manifest.quantization
     parameters, rank = 0, None
     if arm not in FUSE_LEVELS:
         run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     if arm in FUSE_LEVELS:
         assert checkpoint is not None
-        fuse_adapter(captured, base, checkpoint, FUSE_LEVELS[arm], align=manifest.align, cache_tokens=manifest.cache_tokens)
+        level, cache = FUSE_LEVELS[arm], manifest.cache_tokens
+        fuse_adapter(captured, base, checkpoint, level, align=manifest.align, cache_tokens=cache, quantization=quantization)
         parameters = adapter
     elif arm != BASE:
         hosts = lora_hosts(captured.model, base, branches[0].block.rsplit(".", 2)[0])
@@ -92,6 +95,8 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
         rank = same if arm == LORA else max(1, round(adapter / lora_parameters(hosts, 1)))
         parameters = lora_parameters(hosts, rank)
         run_passes(captured.model, [AttachLora(hosts, rank)])
+    if quantization is not None and arm not in FUSE_LEVELS:
+        run_passes(captured.model, [Quantize(dataclasses.replace(quantization, adapter_bits=0))])  # what stands beside keeps its precision
     directory.mkdir()
     write_model(captured.model, directory)
     return Built(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[])), parameters, rank)

@@ -9,7 +9,7 @@ from typing import Any
 
 from flora_export.artifact import Artifact
 from flora_export.errors import ArtifactError
-from flora_export.verify.report import Report
+from flora_export.verify.report import Report, quantized_facts
 
 
 def write_reports(report: Report, artifact: Artifact, page: Path | None, comment: Path | None, cases: Path | None) -> None:
@@ -61,6 +61,9 @@ def junit(report: Report, name: str) -> str:
             _case(suite, case.name, own)
         for cause in causes:
             _case(suite, cause.split(":")[0], [cause])
+    if report.kernels is not None and report.price is not None:
+        _case(suite, "as it runs", report.kernels.causes)
+        _case(suite, "price of quantization", report.price.causes(report.max_quantization_loss))
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(sum(case.find("failure") is not None for case in suite)))
     ET.indent(suite)
@@ -99,4 +102,5 @@ def markdown(report: Report, name: str) -> str:
         lines.append(f"| adapter's own effect | relative error {max(case.effect_error for case in cases):.4%} |")
         agreement = min(case.top1_agreement for case in cases)
         lines.append(f"| next-token agreement | {agreement:.2%} of positions; KL at most {max(case.kl_max for case in cases):.2e} nats |")
+    lines += [f"| {heading} | {fact} |" for heading, fact in quantized_facts(report).items()]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from flora_export.artifact import Artifact
 from flora_export.errors import BackendError
-from flora_export.verify.report import Report
+from flora_export.verify.report import Report, quantized_facts
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2433; background: #fff; max-width: 80rem; margin: 2rem auto; padding: 0 1.5rem; }
@@ -37,6 +37,7 @@ def verify_page(report: Report, artifact: Artifact) -> str:
     parts = [f'<p class="muted">{_text(about)}</p><div class="verdict {kind}"><h1>{_text(report.verdict)}</h1>{causes}{where}</div>']
     if report.numerics is not None:
         parts += _numerics(report)
+    parts += [f"<p>{_text(heading.capitalize())}: {_text(fact)}</p>" for heading, fact in quantized_facts(report).items()]
     records = [[b.block, str(b.rank), f"{b.scale:g}", b.activation, b.fusion, b.reason] for b in manifest.blocks]
     parts.append(
         f"<h2>Ledger</h2><p>{report.ledger.checked} slices checked bit for bit, {report.ledger.adapter_tensors} adapter tensors.</p>"

@@ -43,11 +43,11 @@ class Price:
         ]
 
     @property
-    def advice(self) -> list[str]:
-        """What would cost less, where it costs much."""
+    def advice(self) -> str:
+        """What would cost less, where it costs much; else nothing."""
         if self.adapter_loss is None or self.adapter_loss <= ADAPTER_LOSS:
-            return []
-        return ["--adapter-precision int8 would keep more of the adapter, beside its hosts; so would --precision int8, fused"]
+            return ""
+        return "--adapter-precision int8 would keep more of the adapter, beside its hosts; so would --precision int8, fused"
 
 
 def measure_price(expected: Sequence[Expected], eager: QuantizedReference, trained: Eager) -> Price:

@@ -18,7 +18,7 @@ from torch import nn
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError
-from flora_export.packing import Array, dequantize, quantize
+from flora_export.packing import Array, read_back
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
@@ -67,14 +67,14 @@ class QuantizedReference(Reference):
                 branch, matrix = own[tensor]
                 self._adapter[name] = parameter.detach().clone()
                 scale = np.float32(branch.scale if matrix == "B" else 1.0)
-                read = _read_back(values * scale, quantization.adapter_bits, quantization.block_size) / scale
+                read = read_back(values * scale, quantization.adapter_bits, quantization.block_size) / scale
             else:
                 read = self._read_back(name, values)
             parameter.data = torch.from_numpy(read)
 
     def _read_back(self, name: str, values: Array) -> Array:
         bits = self.quantization.bits if LAYERS in name else self.quantization.head_bits
-        return _read_back(values, bits, self.quantization.block_size) if values.ndim == 2 else values
+        return read_back(values, bits, self.quantization.block_size) if values.ndim == 2 else values
 
     @property
     def _inner(self) -> nn.Module:
@@ -141,14 +141,6 @@ def with_rounding(eager: QuantizedReference, runs: Sequence[Run]) -> list[Run]:
     with eager.rounded_activations():
         measure_floors(eager, rounded, eager.quantization.precision)
     return rounded
-
-
-def _read_back(weight: Array, bits: int, block: int) -> Array:
-    """A weight [out, in] as it is when it has been quantized along its inputs; `bits` 0 leaves it."""
-    if not bits:
-        return weight
-    codes, scales = quantize(weight.T, bits, block)
-    return np.ascontiguousarray(dequantize(codes, scales, bits, weight.shape[1]).T)
 
 
 def _round(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -70,8 +70,7 @@ class Report:
             lines.append("  golden vectors: replayed")
         if self.numerics is not None:
             lines += _table(self.numerics)
-        if self.kernels is not None and self.price is not None:
-            lines += _quantized(self.kernels, self.price)
+        lines += [f"  {heading}: {fact}" for heading, fact in quantized_facts(self).items()]
         if "runtime" in self.environment:
             lines.append(f"  run in {self.environment['runtime']}")
         return "\n".join(lines)
@@ -98,17 +97,21 @@ def _table(numerics: Numerics) -> list[str]:
     return lines
 
 
-def _quantized(kernels: Numerics, price: Price) -> list[str]:
+def quantized_facts(report: Report) -> dict[str, str]:
+    """What there is to say of a quantized artifact beyond its graph, a sentence to each heading; nothing of another."""
+    kernels, price = report.kernels, report.price
+    if kernels is None or price is None:
+        return {}
     worst = max(kernels.cases, key=lambda case: case.effect_error / kernels.allowed_effect(case))
     own = "" if price.adapter_loss is None else f"; rounding A, B and G alone moves it by {price.adapter_loss:.2%}"
-    lines = [
-        f"  as it runs, activations rounded to int8: effect off by {worst.effect_error:.1%} in {worst.name}, where such rounding in eager "
+    facts = {
+        "as it runs": f"activations rounded to int8: effect off by {worst.effect_error:.1%} in {worst.name}, where such rounding in eager "
         f"PyTorch is off by {worst.floor_effect or 0.0:.1%} (allowed {kernels.tolerance.multiple:g} times that)",
-        f"  price of {kernels.precision}: the adapter's effect moves by {price.effect_error:.1%}{own}",
-        f"    answers, from the model as it was trained: {price.kl_mean:.3g} nats per token, the same next token at "
+        f"price of {kernels.precision}": f"the adapter's effect moves by {price.effect_error:.1%}{own}",
+        "answers": f"{price.kl_mean:.3g} nats per token from the model as it was trained, the same next token at "
         f"{price.top1_agreement:.1%} of places; the base model alone {price.base_kl_mean:.3g} and {price.base_top1_agreement:.1%}",
-    ]
-    return lines + [f"    {advice}" for advice in price.advice]
+    }
+    return facts | ({"advice": price.advice} if price.advice else {})
 
 
 def _figure(value: float | None) -> str:
