@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from flora_export.errors import CheckpointError
+from flora_export.unpacking import Packed, read_packed, write_plain
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -34,6 +36,9 @@ class BaseModel:
     path: Path
     config: dict[str, Any]
     weights: tuple[Path, ...]
+    packed: Packed | None = None  # its own integers, where it is quantized: `path` is then the plain checkpoint that they stand for
+    original: BaseModel | None = None  # as it lies on disk
+    unpacked: Any = field(default=None, compare=False)  # keeps `path`
 
     @property
     def width(self) -> int:
@@ -77,6 +82,8 @@ class BaseModel:
     @cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the configuration and of each weight file, by file name."""
+        if self.original is not None:
+            return self.original.digests
         return {path.name: file_sha256(path) for path in (self.path / "config.json", *self.weights)}
 
 
@@ -117,7 +124,20 @@ def load_base(name: str) -> BaseModel:
         raise CheckpointError(f"{path}/config.json: vocab_size is {config.get('vocab_size')!r}, but must be a whole number")
     if (path / GENERATION).is_file():
         read_json(path / GENERATION, "generation configuration")
-    return BaseModel(name, path, config, _weight_files(path))
+    base = BaseModel(name, path, config, _weight_files(path))
+    return base if "quantization_config" not in config else _unpack(base)
+
+
+def _unpack(base: BaseModel) -> BaseModel:
+    """A quantized base model as the plain one that it stands for. Raises CheckpointError where it is of a kind that is not read."""
+    packed = read_packed(base.path, base.config, base.tensors)
+    try:
+        directory = write_plain(packed, base.path, base.config)
+    except OSError as error:
+        raise CheckpointError(f"{base.path}: could not be unpacked into {tempfile.gettempdir()} ({error.strerror}). Make room.") from error
+    path = Path(directory.name)
+    config = read_json(path / "config.json", "base model configuration")
+    return BaseModel(base.name, path, config, _weight_files(path), packed, base, directory)
 
 
 def _from_hub(name: str) -> Path:

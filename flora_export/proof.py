@@ -20,6 +20,7 @@ from flora_export.manifest import LedgerEntry
 from flora_export.packing import Form, quantizer_version, read_form
 from flora_export.passes.attach import adapter_reader
 from flora_export.passes.change_weights import changed_values
+from flora_export.passes.quantize import packed_values
 from flora_export.provenance import read_name
 from flora_export.shards import read_shards
 from flora_export.weights import Array
@@ -198,6 +199,12 @@ def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.
         report.faults.append(f"{base.path} is not the base model that the artifact was built from: its SHA-256 is another")
     for entry in artifact.manifest.ledger:
         if entry.origin != "base" or entry.initializer not in initializers:
+            continue
+        own = packed_values(entry.tensor, _form(entry), base.packed) if entry.form else None
+        if own is not None:
+            equal = sha256_of(own) == entry.sha256
+            report.base_tensors_equal += equal
+            report.faults += [] if equal else [f"{entry.tensor}: is not what the base model's own integers are"]
             continue
         values = _base_values(entry, base, _dtype(artifact, entry, initializers))
         if values is None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Backend, Limits, Plan, Progress, check_can_be_silenced
-from flora_export.backends.hf_layout import branches_in_file, changed, check_base, check_neurons, plan, widened
+from flora_export.backends.hf_layout import branches_in_file, changed, check_neurons, plan, widened
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.base_model import GENERATION, BaseModel, read_json
@@ -73,7 +73,6 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Man
     Raises:
         FusionError: the adapter, or the base model, cannot be written as a plain checkpoint; the message says why and what to do.
     """
-    check_base(fused.base)
     neurons, recipes = None, changed(fused)
     if fused.branches:
         neurons = check_neurons(fused)

@@ -37,14 +37,6 @@ Recipe = tuple[int, tuple[Part, ...]]  # axis, parts along it; values are read a
 Note = Callable[[str, int, Part, Array], None]  # (tensor, axis, part, its values)
 
 
-def check_base(base: BaseModel) -> None:
-    """Raise FusionError where the base model is quantized: what is written is of full precision."""
-    if "quantization_config" in base.config:
-        raise FusionError(
-            f"{base.path}/config.json: the base model is quantized, and full-precision neurons do not fit into it. Take its original."
-        )
-
-
 def check_neurons(fused: Fused) -> int:
     """The base model's `intermediate_size`, if the adapter can be written as more of its neurons.
 

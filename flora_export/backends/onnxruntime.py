@@ -50,7 +50,7 @@ class GraphBackend(Backend):
         captured = capture(base, self.form(manifest.target), manifest.compute)
         run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
         if manifest.quantization is not None:
-            run_passes(captured.model, [Quantize(manifest.quantization)])
+            run_passes(captured.model, [Quantize(manifest.quantization, base.packed)])
         write_model(captured.model, directory)
         bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[])
         return self.decode(Artifact(directory, bare), exact=exact)
@@ -72,7 +72,9 @@ class OnnxRuntime(GraphBackend):
         self, base: BaseModel, target: str | None, precision: str, align: int | None, options: QuantizationOptions | None, golden: Golden
     ) -> Plan:
         plan = super().prepare(base, target, precision, align, options, golden)
-        return dataclasses.replace(plan, quantization=choose_quantization(precision, plan.target, options or QuantizationOptions()))
+        return dataclasses.replace(
+            plan, quantization=choose_quantization(precision, plan.target, options or QuantizationOptions(), base.packed)
+        )
 
     def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
         return write_graph(fused, directory, self.name, plan.target, progress)

@@ -9,6 +9,7 @@ from typing import Any
 from flora_export.errors import FloraExportError
 from flora_export.packing import quantizer_version
 from flora_export.quantization import BITS, BLOCK_SIZES, Quantization
+from flora_export.unpacking import Packed
 
 SAME, KEEP = "same", "keep"
 COMPUTE = {"cpu": "fp32", "cuda": "fp16"}  # what the provider's MatMulNBits computes fastest in
@@ -34,25 +35,33 @@ def read_options(given: Mapping[str, Any]) -> QuantizationOptions:
     return options
 
 
-def choose_quantization(precision: str, target: str, options: QuantizationOptions) -> Quantization | None:
+def choose_quantization(precision: str, target: str, options: QuantizationOptions, packed: Packed | None = None) -> Quantization | None:
     """How a build quantizes; None where it does not.
 
     Adapter slices have their hosts' bits by default, so that they are fused: at blocks of 32, int4 moves the example adapter's effect by
     less than 3 %. Embeddings and head are int8: a tied int4 table costs more than all the layers.
 
+    Args:
+        packed: the integers of a base model that is quantized already, which decide bits and blocks.
+
     Raises:
-        FloraExportError: an option of quantization with a precision that is none.
+        FloraExportError: an option of quantization with a precision that is none, or other bits or blocks than the base's own.
     """
     if precision not in BITS:
         given = [name for name in QUANTIZING if getattr(options, name) is not None]
         if given:
             raise FloraExportError(f"--{given[0].replace('_', '-')} is for --precision {' or '.join(BITS)}, not {precision}")
         return None
-    bits = BITS[precision]
+    bits, block = BITS[precision], options.block_size or (packed.block_size if packed is not None else 32)
+    if packed is not None and (packed.bits, packed.block_size) != (bits, block):
+        raise FloraExportError(
+            f"the base model has int{packed.bits} in blocks of {packed.block_size} ({packed.method}), which are kept as they are: "
+            f"build with --precision int{packed.bits} and without --block-size, or with fp32 or fp16 on the weights that they stand for"
+        )
     chosen = {SAME: bits, KEEP: 0} | BITS
     return Quantization(
         bits=bits,
-        block_size=options.block_size or 32,
+        block_size=block,
         head_bits=chosen[options.head_precision or "int8"],
         adapter_bits=chosen[options.adapter_precision or SAME],
         compute=COMPUTE[target],

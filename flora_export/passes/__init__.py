@@ -124,7 +124,7 @@ def passes_for(
         if fuse in ("backward", "both"):
             order.append(FuseBackward(branches))
     if quantization is not None:
-        order.append(Quantize(quantization))  # the others know floating-point weights alone
+        order.append(Quantize(quantization, base.packed if base is not None else None))  # the others know floating-point weights alone
     return order
 
 

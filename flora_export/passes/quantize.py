@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from flora_export.errors import FusionError
 from flora_export.packing import Form
 from flora_export.passes.builder import Builder
+from flora_export.provenance import read_name
 from flora_export.quantization import Quantization
+from flora_export.unpacking import Packed
 from flora_export.weights import Array, Part, Stacked, dims_of, parts_of, zeros
 
 DOMAIN = "com.microsoft"
@@ -29,8 +32,9 @@ LAYERS = ".layers."  # what is outside of them are the embeddings and the head
 class Quantize(ir.passes.InPlacePass):
     """Initializers keep their names and hold the codes; beside each stands `{name}.scales`."""
 
-    def __init__(self, quantization: Quantization) -> None:
-        self.quantization = quantization
+    def __init__(self, quantization: Quantization, packed: Packed | None = None) -> None:
+        """`packed` are the integers of a base model that is quantized already: they are taken as they are."""
+        self.quantization, self.packed = quantization, packed
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [(weight, uses) for weight in list(model.graph.initializers.values()) if (uses := _uses(weight))]
@@ -62,10 +66,10 @@ class Quantize(ir.passes.InPlacePass):
                 f"{weight.name}: a row of {inputs} numbers is no whole number of blocks of {block}. Choose a --block-size that divides it, "
                 "or --head-precision keep."
             )
-        restated = _restated(weight, Form(bits, block, "scales", by_row), f"{weight.name}.scales")
+        restated = _restated(weight, Form(bits, block, "scales", by_row), f"{weight.name}.scales", self.packed)
         scales = ir.Value(name=restated.name, shape=restated.shape, type=ir.TensorType(restated.dtype), const_value=restated)
         model.graph.initializers.add(scales)
-        codes = _restated(weight, Form(bits, block, "codes", by_row), weight.name or "")
+        codes = _restated(weight, Form(bits, block, "codes", by_row), weight.name or "", self.packed)
         weight.const_value, weight.shape, weight.type = codes, codes.shape, ir.TensorType(codes.dtype)
         product = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": self.quantization.accuracy_level}
         for node in uses:
@@ -101,7 +105,7 @@ def _reads(node: ir.Node, index: int) -> bool:
     return (node.domain, node.op_type, index) == ("", "MatMul", 1)
 
 
-def _restated(weight: ir.Value, form: Form, name: str) -> Stacked:
+def _restated(weight: ir.Value, form: Form, name: str, packed: Packed | None) -> Stacked:
     """A weight in a form: a part for each of its parts."""
     axis, parts = parts_of(weight)
     along_blocks = axis == (1 if form.by_row else 0)
@@ -115,7 +119,7 @@ def _restated(weight: ir.Value, form: Form, name: str) -> Stacked:
     made = []
     for part, added in _by_block(weight, parts, form.block_size) if along_blocks else ((part, 0) for part in parts):
         extent = -(-(part.size + added) // form.block_size) * unit if along_blocks else part.size
-        made.append(Part(part.tensor, part.origin, extent, part.scale, _reader(part, form), str(form)))
+        made.append(Part(part.tensor, part.origin, extent, part.scale, _reader(part, form, packed), str(form)))
     assert weight.dtype is not None
     dtype = weight.dtype if form.content == "scales" else ir.DataType.UINT8
     return Stacked(name, made, placed, dtype, shape[:placed] + shape[placed + 1 :])
@@ -142,9 +146,33 @@ def _by_block(weight: ir.Value, parts: Sequence[Part], block: int) -> Iterator[t
     yield last, added
 
 
-def _reader(part: Part, form: Form) -> Callable[[], Array]:
+def _reader(part: Part, form: Form, packed: Packed | None) -> Callable[[], Array]:
     """A part in a form. The zeros that fill up its last block are those that `quantize` puts there."""
-    return lambda: form.of(part.read())
+
+    def read() -> Array:
+        own = packed_values(part.tensor, form, packed) if part.origin == "base" else None
+        return form.of(part.read()) if own is None else own
+
+    return read
+
+
+def packed_values(name: str, form: Form, packed: Packed | None) -> Array | None:
+    """The own integers, or scales, of what a name says; None where the base model has none for it.
+
+    Raises:
+        FusionError: the base's integers are of other bits or blocks, or are cut along their blocks.
+    """
+    captured = read_name(name)
+    if packed is None or not all(tensor in packed.modules for tensor in captured.tensors):
+        return None
+    if (packed.bits, packed.block_size) != (form.bits, form.block_size) or not captured.transposed:
+        raise FusionError(
+            f"{name}: the base model has int{packed.bits} in blocks of {packed.block_size} ({packed.method}), and is not requantized to "
+            f"int{form.bits} in blocks of {form.block_size}. Build with --precision int{packed.bits} --block-size {packed.block_size}."
+        )
+    index = 0 if form.content == "codes" else 1
+    values = np.concatenate([packed.read(tensor)[index] for tensor in captured.tensors])
+    return values[captured.start : captured.stop]
 
 
 def _by_blocks(model: ir.Model, codes: ir.Value, before: ir.Node, shape: list[int]) -> ir.Value:

@@ -96,7 +96,9 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
         parameters = lora_parameters(hosts, rank)
         run_passes(captured.model, [AttachLora(hosts, rank)])
     if quantization is not None and arm not in FUSE_LEVELS:
-        run_passes(captured.model, [Quantize(dataclasses.replace(quantization, adapter_bits=0))])  # what stands beside keeps its precision
+        run_passes(
+            captured.model, [Quantize(dataclasses.replace(quantization, adapter_bits=0), base.packed)]
+        )  # what stands beside keeps its precision
     directory.mkdir()
     write_model(captured.model, directory)
     return Built(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[])), parameters, rank)

@@ -25,6 +25,7 @@ from flora_export.quantization import Quantization
 from flora_export.reference import Reference, load_eager, quiet
 from flora_export.verify.coverage import Run, measure_floors
 
+PREFIX = "base_model.model."  # before the base's own names, in PEFT's
 Tensors = dict[str, torch.Tensor]
 Rounded = Callable[[torch.Tensor], torch.Tensor]
 
@@ -55,6 +56,7 @@ class QuantizedReference(Reference):
                 raise CheckpointError(f"eager PyTorch cannot load {base.name} ({type(error).__name__}: {error})") from error
             values = {change.tensor: changed_values(checkpoint, change, base, np.float32) for change in checkpoint.changes}
             self._changed = {name: torch.from_numpy(self._read_back(name, value)) for name, value in values.items()}
+        packed = base.packed
         names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.ndim == 2}
         own = {
             tensor: (branch, matrix) for branch in checkpoint.branches for matrix in branch.matrices for tensor in [branch.tensor(matrix)]
@@ -68,6 +70,8 @@ class QuantizedReference(Reference):
                 self._adapter[name] = parameter.detach().clone()
                 scale = np.float32(branch.scale if matrix == "B" else 1.0)
                 read = read_back(values * scale, quantization.adapter_bits, quantization.block_size) / scale
+            elif packed is not None and name.replace(".base_layer.", ".").removeprefix(PREFIX) in packed.modules:
+                continue  # it is on its own steps already
             else:
                 read = self._read_back(name, values)
             parameter.data = torch.from_numpy(read)
