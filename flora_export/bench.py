@@ -105,13 +105,9 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
         if EAGER in arms and checkpoint is not None:
             eager = EagerArm(base, checkpoint, manifest.target, manifest.compute, threads)
             stack.callback(eager.close)
-        loads: dict[Series, list[Samples]] = defaultdict(list)
-        for load in range(options.loads):
-            for series, samples in _measure_load(load, built, eager, options, threads, base.vocabulary, progress):
-                loads[series].append(samples)
-            gc.collect()  # its sessions make room for the next
+        measurements = measure(built, eager, options, threads, base.vocabulary, progress)
         sizes = {arm: size for arm in arms if (size := built[arm].bytes) is not None}
-    return _result(artifact, base, built, sizes, options, threads, loads)
+    return _result(artifact, base, built, sizes, options, threads, measurements)
 
 
 def _arms(options: BenchOptions, manifest: Manifest) -> tuple[str, ...]:
@@ -145,6 +141,18 @@ def _check(artifact: Artifact, base: BaseModel, options: BenchOptions) -> None:
             f"{longest} tokens are asked for, but the base model's context has {base.context}: "
             "lower --prompt-tokens, --past-tokens or --new-tokens"
         )
+
+
+def measure(
+    built: Mapping[str, Built], eager: EagerArm | None, options: BenchOptions, threads: int, vocabulary: int, progress: Progress
+) -> list[dict[str, Any]]:
+    """Time all arms, interleaved, over several loads. Returns a row for each metric, length, batch and arm, beside the arm `base`."""
+    loads: dict[Series, list[Samples]] = defaultdict(list)
+    for load in range(options.loads):
+        for series, samples in _measure_load(load, built, eager, options, threads, vocabulary, progress):
+            loads[series].append(samples)
+        gc.collect()  # its sessions make room for the next
+    return [row for series, samples in loads.items() for row in _rows(series, samples)]
 
 
 def _measure_load(
@@ -191,10 +199,9 @@ def _result(
     sizes: Mapping[str, int],
     options: BenchOptions,
     threads: int,
-    loads: Mapping[Series, list[Samples]],
+    measurements: list[dict[str, Any]],
 ) -> dict[str, Any]:
     manifest = artifact.manifest
-    measurements = [row for series, samples in loads.items() for row in _rows(series, samples)]
     ranks = sorted({block.rank for block in manifest.blocks} | {change.rank for change in manifest.changes if change.rank})
     method = manifest.checkpoint["config"].get("peft_type")
     what = (
