@@ -118,7 +118,15 @@ def price_forms(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for form, adapter, own, extra in forms:
         with tempfile.TemporaryDirectory() as name:
             out = Path(name) / "out"
-            command = [str(Path(sys.executable).with_name("flora-export")), "build", str(adapter), "--base", str(own), "--backend", "onnxruntime"]
+            command = [
+                str(Path(sys.executable).with_name("flora-export")),
+                "build",
+                str(adapter),
+                "--base",
+                str(own),
+                "--backend",
+                "onnxruntime",
+            ]
             command += ["--precision", form.partition(",")[0], "--output", str(out), *extra]
             start = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

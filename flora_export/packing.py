@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -21,34 +22,61 @@ from flora_export.quantization import BLOCK_SIZES
 
 Array = npt.NDArray[Any]
 Content = Literal["codes", "scales"]
+Layout = Literal["blocks", "row", "standard"]
+DTYPES = {"fp32": np.float32, "fp16": np.float16}
 CHUNK = 4096  # columns that are quantized at a time
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a tensor's numbers stand in an initializer of a quantized artifact.
+    """How a tensor's numbers stand in an initializer of a quantized artifact, by what reads it.
 
-    codes    [out, blocks, bytes] of a weight [in, out]; [rows, bytes] of a table [rows, d] that is looked up by row
-    scales   [out, blocks]; [rows, blocks]
+    layout      codes                   scales              of
+    blocks      [out, blocks, bytes]    [out, blocks]       a weight [in, out]: MatMulNBits
+    row         [rows, bytes]           [rows, blocks]      a table [rows, d], looked up by row: GatherBlockQuantized
+    standard    int4 [in, out]          [blocks, out]       a weight [in, out]: DequantizeLinear
     """
 
     bits: int
     block_size: int
     content: Content
-    by_row: bool = False
+    layout: Layout = "blocks"
 
     def __str__(self) -> str:
-        return f"int{self.bits} {'row ' if self.by_row else ''}{self.content}, blocks of {self.block_size}"
+        return f"int{self.bits} {self.layout} {self.content}, {self.block_size}"
 
     def of(self, values: Array) -> Array:
-        """The numbers of a weight [in, out], or of a table [rows, d], in this form."""
-        codes, scales = quantize(values.T if self.by_row else values, self.bits, self.block_size)
+        """The numbers of a weight [in, out], or of a table [rows, d], in this form. Its last block is filled up with zeros."""
+        return self.laid_out(*quantize(values.T if self.layout == "row" else values, self.bits, self.block_size))
+
+    def laid_out(self, codes: Array, scales: Array) -> Array:
+        """Codes or scales, from [out, blocks, bytes] and [out, blocks]."""
         if self.content == "scales":
-            return scales
-        return codes.reshape(len(codes), -1) if self.by_row else codes
+            return np.ascontiguousarray(scales.T) if self.layout == "standard" else scales
+        if self.layout == "row":
+            return codes.reshape(len(codes), -1)
+        if self.layout == "standard":
+            return np.ascontiguousarray(_numbers(codes, self.bits).reshape(len(codes), -1).T).astype(ml_dtypes.int4)
+        return codes
+
+    def axis(self, axis: int) -> int:
+        """The axis along which a part of a weight stands that is a part of it along `axis`; its own inverse."""
+        return 1 - axis if self.layout == "blocks" else axis
+
+    def extent(self, inputs: int) -> int:
+        """How much of its axis a number of inputs takes."""
+        blocks = -(-inputs // self.block_size)
+        if self.content == "scales" or self.layout == "blocks":
+            return blocks
+        return blocks * (self.block_size if self.layout == "standard" else self.block_size * self.bits // 8)
+
+    def shape(self, inputs: int, outputs: int) -> list[int]:
+        """Of a whole initializer."""
+        sizes = [outputs, self.extent(inputs)] if self.layout != "standard" else [self.extent(inputs), outputs]
+        return [*sizes, self.block_size * self.bits // 8] if (self.layout, self.content) == ("blocks", "codes") else sizes
 
 
-_FORM = re.compile(r"int(?P<bits>[48]) (?P<row>row )?(?P<content>codes|scales), blocks of (?P<block>\d{1,4})")
+_FORM = re.compile(r"int(?P<bits>[48]) (?P<layout>blocks|row|standard) (?P<content>codes|scales), (?P<block>\d{1,4})")
 
 
 def read_form(text: str) -> Form:
@@ -56,8 +84,7 @@ def read_form(text: str) -> Form:
     match = _FORM.fullmatch(text)
     if match is None or int(match["block"]) not in BLOCK_SIZES:
         raise ValueError(f"{text!r} is no form of a quantized weight")
-    content: Content = "codes" if match["content"] == "codes" else "scales"
-    return Form(int(match["bits"]), int(match["block"]), content, match["row"] is not None)
+    return Form(int(match["bits"]), int(match["block"]), cast("Content", match["content"]), cast("Layout", match["layout"]))
 
 
 def quantize(weight: Array, bits: int, block_size: int) -> tuple[Array, Array]:
@@ -78,18 +105,27 @@ def quantize(weight: Array, bits: int, block_size: int) -> tuple[Array, Array]:
 
 def dequantize(codes: Array, scales: Array, bits: int, rows: int) -> Array:
     """The weight [in, out] that codes and scales stand for, `rows` of its input dimension. Inverse of `quantize` but for the rounding."""
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), codes.shape[1], -1)
-    values = (codes.astype(np.int16) - (1 << (bits - 1))).astype(scales.dtype) * scales[..., None]
+    values = _numbers(codes, bits).astype(scales.dtype) * scales[..., None]
     return np.ascontiguousarray(values.reshape(len(codes), -1)[:, :rows].T)
 
 
-def read_back(weight: Array, bits: int, block_size: int) -> Array:
-    """A weight [out, in] as it is when it has been quantized along its inputs; `bits` 0 leaves it as it is."""
+def _numbers(codes: Array, bits: int) -> Array:
+    """Codes [out, blocks, bytes] as whole numbers around zero, [out, blocks, inputs of a block]."""
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), codes.shape[1], -1)
+    numbers: Array = codes.astype(np.int8) if bits == 4 else codes.astype(np.int16)
+    return numbers - (1 << (bits - 1))
+
+
+def read_back(weight: Array, bits: int, block_size: int, compute: str = "fp32") -> Array:
+    """A weight [out, in] in fp32, as it is when it has been quantized along its inputs, its scales in the precision that is computed in.
+
+    `bits` 0 leaves it as it is.
+    """
     if not bits:
         return weight
-    codes, scales = quantize(weight.T, bits, block_size)
-    return np.ascontiguousarray(dequantize(codes, scales, bits, weight.shape[1]).T)
+    codes, scales = quantize(weight.T.astype(DTYPES[compute]), bits, block_size)
+    return np.ascontiguousarray(dequantize(codes, scales.astype(np.float32), bits, weight.shape[1]).T)
 
 
 def quantizer_version() -> str:

@@ -239,7 +239,7 @@ def _dtype(artifact: Artifact, entry: LedgerEntry, initializers: dict[str, ir.Te
 
 def _axis(entry: LedgerEntry) -> int:
     """The axis of the floating-point weight along which an entry is a slice: codes stand by output, weights by input."""
-    return 1 - entry.axis if entry.form and not _form(entry).by_row else entry.axis
+    return _form(entry).axis(entry.axis) if entry.form else entry.axis
 
 
 def _digest(values: Array, entry: LedgerEntry) -> str:

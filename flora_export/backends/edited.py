@@ -9,6 +9,7 @@ from flora_export.artifact import Artifact
 from flora_export.backends import check_can_be_silenced
 from flora_export.manifest import LedgerEntry
 from flora_export.packing import read_form
+from flora_export.passes.hosts import projections_of
 from flora_export.weights import dims_of
 
 IN_FULL = 1  # MatMulNBits' accuracy_level that computes in fp32
@@ -48,15 +49,13 @@ def _silence(model: ir.Model, artifact: Artifact) -> None:
         weight = model.graph.initializers.get(entry.initializer)
         if weight is None or entry.origin != "adapter":
             continue
-        for node, index in list(weight.uses()):
-            rows = _rows_of(entry, node, weight) if index == 1 else None
+        for node in projections_of(weight):
+            rows = _rows_of(entry, node, weight)
             if rows is None:
                 continue
             total, (start, stop) = rows
             source = node.inputs[0]
-            dtype = node.inputs[2].dtype if node.op_type == "MatMulNBits" and node.inputs[2] is not None else weight.dtype
-            assert dtype is not None
-            mask = np.ones(total, dtype.numpy())
+            mask = np.ones(total, _computed(weight).numpy())
             mask[start:stop] = 0
             value = ir.Value(name=f"{entry.tensor}.mask", const_value=ir.tensor(mask, name=f"{entry.tensor}.mask"))
             model.graph.initializers.add(value)
@@ -70,7 +69,17 @@ def _rows_of(entry: LedgerEntry, node: ir.Node, weight: ir.Value) -> tuple[int, 
     """(rows of a weight [in, out], those that a B fills); None where the entry is no B: what fills columns is an A."""
     if not entry.form:
         return (dims_of(weight)[0], (entry.start, entry.stop)) if entry.axis == 0 else None
-    if entry.axis != 1 or node.op_type != "MatMulNBits":
+    form = read_form(entry.form)
+    if form.axis(entry.axis) != 0 or form.content != "codes":
         return None
-    block = read_form(entry.form).block_size
-    return node.attributes["K"].as_int(), (entry.start * block, entry.stop * block)
+    if node.op_type == "MatMul":
+        return dims_of(weight)[0], (entry.start, entry.stop)
+    return node.attributes["K"].as_int(), (entry.start * form.block_size, entry.stop * form.block_size)
+
+
+def _computed(weight: ir.Value) -> ir.DataType:
+    """The precision that a weight is multiplied in: its own, or its scales'."""
+    node = next(node for node, _ in weight.uses())
+    scales = node.inputs[{"MatMulNBits": 2, "DequantizeLinear": 1}.get(node.op_type, 1)]
+    assert scales is not None and scales.dtype is not None
+    return scales.dtype

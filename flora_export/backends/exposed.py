@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from flora_export.backends.edited import multiply_in_full
 from flora_export.branch import Branch
+from flora_export.passes.hosts import projections_of
 
 
 def expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, str]]:
@@ -17,7 +18,7 @@ def expose(model: Path, branches: Sequence[Branch]) -> tuple[bytes, dict[str, st
     graph, names = loaded.graph, {}
     for branch in branches:
         weight = graph.initializers.get(branch.writes[0])
-        nodes = [node for node, _ in weight.uses()] if weight is not None else []
+        nodes = projections_of(weight) if weight is not None else []
         if weight is None or len(nodes) != 1:
             continue  # a damaged file: the ledger says so
         value = _block_output(nodes[0].outputs[0])

@@ -207,9 +207,23 @@ def clone_chain(chain: Sequence[ir.Node], source: ir.Value, new_source: ir.Value
         yield copy
 
 
+def projections_of(weight: ir.Value) -> list[ir.Node]:
+    """The nodes that multiply by a weight, which may be read through a DequantizeLinear."""
+    users = [node for node, index in weight.uses() if index == 1 or node.op_type == "DequantizeLinear"]
+    return [
+        user
+        for node in users
+        for user in ([each for each, _ in node.outputs[0].uses()] if node.op_type == "DequantizeLinear" else [node])
+        if user.op_type in ("MatMul", "MatMulNBits")
+    ]
+
+
 def _weight(node: ir.Node) -> ir.Value | None:
     """The weight [in, out] of a MatMul, or None where both inputs are computed."""
     weight = node.inputs[1]
+    source = weight.producer() if weight is not None else None
+    if source is not None and source.op_type == "DequantizeLinear":
+        weight = source.inputs[0]
     return weight if weight is not None and weight.is_initializer() else None
 
 

@@ -3,7 +3,7 @@
 before   x ── W ── y                        after   x ── MatMulNBits(codes, scales) ── y
 before   ids ── table ── Gather ── x        after   ids ── GatherBlockQuantized(codes, scales) ── x
 
-A head that is tied to the embeddings reads the same codes. A block never holds numbers of two tensors: more columns are more rows of codes,
+For runtimes of the ONNX standard, W is DequantizeLinear(codes, scales). A head that is tied to the embeddings reads the same codes. A block never holds numbers of two tensors: more columns are more rows of codes,
 and more rows of W begin a block of their own, so that widened or not each of the base's weights has the same codes.
 
 Runs last: what the other passes do to floating-point weights holds for the codes as well.
@@ -12,6 +12,7 @@ Runs last: what the other passes do to floating-point weights holds for the code
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from flora_export.errors import FusionError
 from flora_export.packing import Form
 from flora_export.passes.builder import Builder
 from flora_export.provenance import read_name
-from flora_export.quantization import Quantization
+from flora_export.quantization import STANDARD, Quantization
 from flora_export.unpacking import Packed
 from flora_export.weights import Array, Part, Stacked, dims_of, parts_of, zeros
 
@@ -60,17 +61,25 @@ class Quantize(ir.passes.InPlacePass):
             return False
         by_row = any(node.op_type in ("Gather", "Transpose") for node in uses)
         inputs, outputs = reversed(dims_of(weight)) if by_row else dims_of(weight)
-        block = self.quantization.block_size
-        if by_row and inputs % block:
+        block, standard = self.quantization.block_size, self.quantization.operators == STANDARD
+        if (by_row or standard) and inputs % block:
             raise FusionError(
-                f"{weight.name}: a row of {inputs} numbers is no whole number of blocks of {block}. Choose a --block-size that divides it, "
-                "or --head-precision keep."
+                f"{weight.name}: its {inputs} inputs are no whole number of blocks of {block}. Choose a --block-size that divides it"
+                + (", or --head-precision keep." if by_row else ".")
             )
-        restated = _restated(weight, Form(bits, block, "scales", by_row), f"{weight.name}.scales", self.packed)
+        if by_row and standard:
+            raise FusionError(
+                f"{weight.name}: a table that is looked up by row is not quantized for {STANDARD}. Pass --head-precision keep."
+            )
+        form = Form(bits, block, "codes", "row" if by_row else "standard" if standard else "blocks")
+        restated = _restated(weight, replace(form, content="scales"), f"{weight.name}.scales", self.packed)
         scales = ir.Value(name=restated.name, shape=restated.shape, type=ir.TensorType(restated.dtype), const_value=restated)
         model.graph.initializers.add(scales)
-        codes = _restated(weight, Form(bits, block, "codes", by_row), weight.name or "", self.packed)
+        dtype, codes = weight.dtype, _restated(weight, form, weight.name or "", self.packed)
         weight.const_value, weight.shape, weight.type = codes, codes.shape, ir.TensorType(codes.dtype)
+        if standard:
+            _dequantize(model, weight, scales, uses, block, dtype)
+            return True
         product = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": self.quantization.accuracy_level}
         for node in uses:
             if node.op_type == "Gather":
@@ -108,21 +117,24 @@ def _reads(node: ir.Node, index: int) -> bool:
 def _restated(weight: ir.Value, form: Form, name: str, packed: Packed | None) -> Stacked:
     """A weight in a form: a part for each of its parts."""
     axis, parts = parts_of(weight)
-    along_blocks = axis == (1 if form.by_row else 0)
-    inputs, outputs = reversed(dims_of(weight)) if form.by_row else dims_of(weight)
-    blocks, unit = -(-inputs // form.block_size), 1
-    shape = [outputs, blocks]
-    if form.content == "codes":
-        size = form.block_size * form.bits // 8
-        shape, unit = ([outputs, blocks * size], size) if form.by_row else ([outputs, blocks, size], 1)
-    placed = int(along_blocks)
-    made = []
-    for part, added in _by_block(weight, parts, form.block_size) if along_blocks else ((part, 0) for part in parts):
-        extent = -(-(part.size + added) // form.block_size) * unit if along_blocks else part.size
-        made.append(Part(part.tensor, part.origin, extent, part.scale, _reader(part, form, packed), str(form)))
+    by_inputs = axis == (1 if form.layout == "row" else 0)
+    inputs, outputs = reversed(dims_of(weight)) if form.layout == "row" else dims_of(weight)
+    filled = _by_block(weight, parts, form.block_size) if by_inputs else ((part, 0) for part in parts)
+    made = [
+        Part(
+            part.tensor,
+            part.origin,
+            form.extent(part.size + added) if by_inputs else part.size,
+            part.scale,
+            _reader(part, form, packed),
+            str(form),
+        )
+        for part, added in filled
+    ]
     assert weight.dtype is not None
-    dtype = weight.dtype if form.content == "scales" else ir.DataType.UINT8
-    return Stacked(name, made, placed, dtype, shape[:placed] + shape[placed + 1 :])
+    codes = ir.DataType.INT4 if form.layout == "standard" else ir.DataType.UINT8
+    shape, placed = form.shape(inputs, outputs), form.axis(axis)
+    return Stacked(name, made, placed, weight.dtype if form.content == "scales" else codes, shape[:placed] + shape[placed + 1 :])
 
 
 def _by_block(weight: ir.Value, parts: Sequence[Part], block: int) -> Iterator[tuple[Part, int]]:
@@ -170,9 +182,19 @@ def packed_values(name: str, form: Form, packed: Packed | None) -> Array | None:
             f"{name}: the base model has int{packed.bits} in blocks of {packed.block_size} ({packed.method}), and is not requantized to "
             f"int{form.bits} in blocks of {form.block_size}. Build with --precision int{packed.bits} --block-size {packed.block_size}."
         )
-    index = 0 if form.content == "codes" else 1
-    values = np.concatenate([packed.read(tensor)[index] for tensor in captured.tensors])
-    return values[captured.start : captured.stop]
+    own = [packed.read(tensor) for tensor in captured.tensors]
+    codes, scales = (np.concatenate([each[index] for each in own])[captured.start : captured.stop] for index in (0, 1))
+    return form.laid_out(codes, scales)
+
+
+def _dequantize(model: ir.Model, codes: ir.Value, scales: ir.Value, uses: Sequence[ir.Node], block: int, dtype: ir.DataType | None) -> None:
+    """The standard's own way: x ── DequantizeLinear(codes, scales) ── MatMul."""
+    node = ir.node("DequantizeLinear", [codes, scales], attributes={"axis": 0, "block_size": block}, name=f"{codes.name}.dequantized")
+    value = node.outputs[0]
+    value.name, value.type = f"{codes.name}.dequantized.out", ir.TensorType(dtype) if dtype is not None else None
+    model.graph.insert_before(uses[0], node)
+    for user in uses:
+        user.replace_input_with(1, value)
 
 
 def _by_blocks(model: ir.Model, codes: ir.Value, before: ir.Node, shape: list[int]) -> ir.Value:

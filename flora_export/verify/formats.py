@@ -61,8 +61,9 @@ def junit(report: Report, name: str) -> str:
             _case(suite, case.name, own)
         for cause in causes:
             _case(suite, cause.split(":")[0], [cause])
-    if report.kernels is not None and report.price is not None:
+    if report.kernels is not None:
         _case(suite, "as it runs", report.kernels.causes)
+    if report.price is not None:
         _case(suite, "price of quantization", report.price.causes(report.max_quantization_loss))
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(sum(case.find("failure") is not None for case in suite)))

@@ -70,7 +70,8 @@ def verify_numerics(
     price, rounded = None, []
     if isinstance(eager, QuantizedReference):
         progress("asking what quantization costs", 0, 1)
-        price, rounded = measure_price(expected, eager, Reference(base, checkpoint.path)), with_rounding(eager, runs)
+        price = measure_price(expected, eager, Reference(base, checkpoint.path))
+        rounded = with_rounding(eager, runs) if eager.quantization.accuracy_level else []
     measure_floors(eager.to_precision(precision), runs, precision)
     del eager
     numerics = compare(
@@ -86,6 +87,7 @@ def verify_numerics(
     report = Report(LedgerReport(), numerics, blocks=blocks, environment=environment(*runners))
     if price is not None:
         report.price, report.max_quantization_loss = price, options.max_quantization_loss
+    if rounded:
         report.kernels = _as_it_runs(artifact, base, rounded, source, progress)
     return report
 

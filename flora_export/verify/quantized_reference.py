@@ -69,7 +69,7 @@ class QuantizedReference(Reference):
                 branch, matrix = own[tensor]
                 self._adapter[name] = parameter.detach().clone()
                 scale = np.float32(branch.scale if matrix == "B" else 1.0)
-                read = read_back(values * scale, quantization.adapter_bits, quantization.block_size) / scale
+                read = read_back(values * scale, quantization.adapter_bits, quantization.block_size, quantization.compute) / scale
             elif packed is not None and name.replace(".base_layer.", ".").removeprefix(PREFIX) in packed.modules:
                 continue  # it is on its own steps already
             else:
@@ -78,7 +78,7 @@ class QuantizedReference(Reference):
 
     def _read_back(self, name: str, values: Array) -> Array:
         bits = self.quantization.bits if LAYERS in name else self.quantization.head_bits
-        return read_back(values, bits, self.quantization.block_size) if values.ndim == 2 else values
+        return read_back(values, bits, self.quantization.block_size, self.quantization.compute) if values.ndim == 2 else values
 
     @property
     def _inner(self) -> nn.Module:

@@ -99,18 +99,21 @@ def _table(numerics: Numerics) -> list[str]:
 
 def quantized_facts(report: Report) -> dict[str, str]:
     """What there is to say of a quantized artifact beyond its graph, a sentence to each heading; nothing of another."""
-    kernels, price = report.kernels, report.price
-    if kernels is None or price is None:
+    kernels, price, facts = report.kernels, report.price, {}
+    if price is None or report.numerics is None:
         return {}
-    worst = max(kernels.cases, key=lambda case: case.effect_error / kernels.allowed_effect(case))
+    if kernels is not None:
+        worst = max(kernels.cases, key=lambda case: case.effect_error / kernels.allowed_effect(case))
+        facts["as it runs"] = (
+            f"activations rounded to int8: effect off by {worst.effect_error:.1%} in {worst.name}, where such rounding in eager PyTorch is "
+            f"off by {worst.floor_effect or 0.0:.1%} (allowed {kernels.tolerance.multiple:g} times that)"
+        )
     own = "" if price.adapter_loss is None else f"; rounding A, B and G alone moves it by {price.adapter_loss:.2%}"
-    facts = {
-        "as it runs": f"activations rounded to int8: effect off by {worst.effect_error:.1%} in {worst.name}, where such rounding in eager "
-        f"PyTorch is off by {worst.floor_effect or 0.0:.1%} (allowed {kernels.tolerance.multiple:g} times that)",
-        f"price of {kernels.precision}": f"the adapter's effect moves by {price.effect_error:.1%}{own}",
-        "answers": f"{price.kl_mean:.3g} nats per token from the model as it was trained, the same next token at "
-        f"{price.top1_agreement:.1%} of places; the base model alone {price.base_kl_mean:.3g} and {price.base_top1_agreement:.1%}",
-    }
+    facts["price of quantization"] = f"the adapter's effect moves by {price.effect_error:.1%}{own}"
+    facts["answers"] = (
+        f"{price.kl_mean:.3g} nats per token from the model as it was trained, the same next token at {price.top1_agreement:.1%} of places; "
+        f"the base model alone {price.base_kl_mean:.3g} and {price.base_top1_agreement:.1%}"
+    )
     return facts | ({"advice": price.advice} if price.advice else {})
 
 
