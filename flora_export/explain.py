@@ -102,5 +102,5 @@ def _cost(report: LedgerReport, blocks: list[BlockRecord], align: int) -> list[s
     lines = [f"weights: the adapter adds {sizes['adapter'] / sizes['base']:.2%} to the base model's bytes"]
     for rank in sorted({block.rank for block in blocks if block.rank % align}):
         free = rank + -rank % align
-        lines.append(f"rank {rank} is padded with zeros to {free}, a multiple of {align} for tensor cores: rank {free} would be free")
+        lines.append(f"rank {rank} is padded with zeros to {free}, a multiple of {align}: rank {free} would be free")
     return lines

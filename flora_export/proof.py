@@ -137,11 +137,11 @@ def _check_coverage(artifact: Artifact, report: LedgerReport) -> None:
     stands = {tensor: {e.initializer for e in entries} for tensor, entries in _by_tensor(artifact, "base").items()}
     changed = _by_tensor(artifact, "changed")
     held = Counter(entry.tensor for entry in manifest.ledger if entry.origin == "adapter" and not _is_scales(entry))
-    scales = {(entry.tensor, entry.start) for entry in manifest.ledger if _is_scales(entry)}
+    codes, scales = (Counter((e.tensor, e.origin) for e in manifest.ledger if which(e)) for which in (_is_codes, _is_scales))
     report.faults += [
-        f"{entry.tensor}: has codes in {entry.initializer}, but no scales"
-        for entry in manifest.ledger
-        if _is_codes(entry) and (entry.tensor, entry.start) not in scales
+        f"{tensor} ({origin}): has {codes[tensor, origin]} slices of codes, but {scales[tensor, origin]} of scales"
+        for tensor, origin in dict.fromkeys([*codes, *scales])
+        if codes[tensor, origin] != scales[tensor, origin] and origin != "zeros"  # which may be less than a block
     ]
     for record in manifest.changes:
         if record.tensor in changed:

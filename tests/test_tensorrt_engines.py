@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flora_export.artifact import ENGINE, Artifact
-from flora_export.backends.tensorrt.plan import EngineOptions, parse_ranges
-from flora_export.pipeline import BuildOptions, build, explain
+from flora_export.backends.tensorrt import read_gemms
+from flora_export.backends.tensorrt.plan import EngineOptions, parse_ranges, read_options
+from flora_export.errors import FloraExportError
+from flora_export.manifest import LedgerEntry
+from flora_export.pipeline import BuildOptions, VerifyOptions, build, explain, verify
 from flora_export.verify.report import Report
 from tests.conftest import silent
 from tests.families import FAMILIES, GATED_FAMILIES, make_adapter
+from tests.mutate import edit
 
 pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX: pip install 'flora-export[tensorrt-rtx]'", exc_type=ImportError)
 
@@ -103,7 +109,7 @@ def test_explain_lists_the_gemms_with_the_adapters_inside(compared: Artifact) ->
     assert held == sorted(compared.manifest.checkpoint["tensors"])  # every adapter tensor is in one GEMM
     text = explained.to_text()
     assert "model.layers.*.self_attn: k_proj + q_proj + v_proj" in text
-    assert "rank 4 is padded with zeros to 8, a multiple of 8 for tensor cores: rank 8 would be free" in text
+    assert "rank 4 is padded with zeros to 8, a multiple of 8: rank 8 would be free" in text
 
 
 def test_padding_is_proved_to_be_null(compared: Artifact, base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -127,3 +133,46 @@ def test_an_equal_build_takes_the_engine_from_the_cache(base: Path, adapter: Pat
     third, _ = build_for(base, adapter, tmp_path / "three", "fp16", cache=True)
     assert (third.path / ENGINE).stat().st_size > 100_000
     assert json.loads((entry / "layers.json").read_text())["layers"].startswith(head["layers"][:7])
+
+
+def test_int4(base: Path, tmp_path: Path) -> None:
+    """Codes stay int4 in the engine, and the adapter adds no GEMM; TensorRT merges no quantized siblings, so A is fused by us."""
+    adapter = make_adapter(base, tmp_path / "adapter", alpha=16.0)
+    artifact, report = build_for(base, adapter, tmp_path / "out", "int4", compare_base=True)
+    assert report.verified and report.numerics is not None and report.price is not None and report.kernels is None
+    assert report.numerics.precision == "fp16"
+    manifest = artifact.manifest
+    assert {record.fusion for record in manifest.blocks} == {"forward+backward", "neurons"} and manifest.align == 32
+    layers = manifest.engine["layers"]
+    assert layers["adapter_gemms_alone"] == []
+    assert layers["adapted"]["gemms"] == layers["base"]["gemms"]
+    assert {gemm["layer"] for gemm in read_gemms(artifact) if gemm["adapters"]}
+    assert verify(artifact.path, adapter, str(base), VerifyOptions(), silent).verified
+    edit(artifact.path, _halve, forge=True)
+    wrong = verify(artifact.path, adapter, str(base), VerifyOptions(), silent)
+    assert wrong.numerics is not None and any(cause.startswith("wrong adapter") for cause in wrong.numerics.causes), wrong.to_text()
+
+
+def _halve(entry: LedgerEntry, view: Any) -> None:
+    if entry.tensor.endswith("ffba_B.weight") and "scales" in entry.form:
+        view *= 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "int8"}, "folds int8 weights"),
+        ({"head_precision": "int8"}, "--head-precision int8 is not for engines; they take keep"),
+        ({"adapter_precision": "int8"}, "--adapter-precision int8 is not for engines; they take same, keep"),
+        ({"align": 8}, "--align 8: a quantized engine wants ranks in whole blocks of 32"),
+    ],
+)
+def test_int4_is_refused_what_an_engine_has_no_place_for(
+    options: dict[str, Any], words: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    given = {name: value for name, value in options.items() if name.endswith("_precision")}
+    engine = replace(read_options(given), flavour="rtx", compute_capabilities=("8.9",), ranges=RANGES)
+    settings = BuildOptions("tensorrt", precision=options.get("precision", "int4"), align=options.get("align"), settings=engine)
+    with pytest.raises(FloraExportError, match=words):
+        build(adapter, str(base), tmp_path / "out", settings, silent)
+    assert not (tmp_path / "out").exists()

@@ -156,6 +156,7 @@ class Decoder:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # a DequantizeLinear is what the graph says it is
         model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
         try:

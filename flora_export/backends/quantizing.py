@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flora_export.errors import FloraExportError
 from flora_export.packing import quantizer_version
-from flora_export.quantization import BITS, BLOCK_SIZES, Quantization
+from flora_export.quantization import BITS, BLOCK_SIZES, STANDARD, Quantization
 from flora_export.unpacking import Packed
 
 SAME, KEEP = "same", "keep"
@@ -33,6 +33,33 @@ def read_options(given: Mapping[str, Any]) -> QuantizationOptions:
     if options.block_size is not None and options.block_size not in BLOCK_SIZES:
         raise FloraExportError(f"--block-size {options.block_size}: there are {', '.join(map(str, BLOCK_SIZES))}")
     return options
+
+
+def choose_for_engines(precision: str, options: QuantizationOptions, align: int, packed: Packed | None = None) -> Quantization | None:
+    """How a build for TensorRT quantizes: int4 alone, in operators of the ONNX standard; embeddings and head keep fp16.
+
+    TensorRT-RTX 1.7 parses int8 and fp8 in blocks too, but folds them into fp16 weights while it builds: the engine is no smaller. With one
+    scale for a column it keeps them, but the base and the adapter would share it.
+
+    Raises:
+        FloraExportError: another precision, or a choice that an engine has no place for.
+    """
+    if precision == "int8":
+        raise FloraExportError(
+            "--backend tensorrt takes no --precision int8: its builder folds int8 weights in blocks into fp16, so the engine would be no "
+            "smaller. Use int4, or --backend onnxruntime"
+        )
+    for name, taken in (("head_precision", (None, KEEP)), ("adapter_precision", (None, SAME, KEEP))):
+        if precision in BITS and getattr(options, name) not in taken:
+            raise FloraExportError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is not for engines; they take {', '.join(map(str, taken[1:]))}"
+            )
+    chosen = choose_quantization(precision, "cuda", options, packed)
+    if chosen is None:
+        return None
+    if align % chosen.block_size:
+        raise FloraExportError(f"--align {align}: a quantized engine wants ranks in whole blocks of {chosen.block_size}")
+    return replace(chosen, head_bits=0, accuracy_level=0, operators=STANDARD)
 
 
 def choose_quantization(precision: str, target: str, options: QuantizationOptions, packed: Packed | None = None) -> Quantization | None:

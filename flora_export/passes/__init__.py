@@ -119,7 +119,8 @@ def passes_for(
         order.append(Attach(branches, checkpoint))  # it makes what the others fuse
         if fuse == "both":
             order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
-        if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):
+        merges = form in MERGES_SIBLINGS and quantization is None  # integers it leaves apart
+        if fuse == "forward" or (fuse == "both" and not merges):
             order.append(FuseForward(branches))
         if fuse in ("backward", "both"):
             order.append(FuseBackward(branches))

@@ -3,8 +3,10 @@
 before   x ── W ── y                        after   x ── MatMulNBits(codes, scales) ── y
 before   ids ── table ── Gather ── x        after   ids ── GatherBlockQuantized(codes, scales) ── x
 
-For runtimes of the ONNX standard, W is DequantizeLinear(codes, scales). A head that is tied to the embeddings reads the same codes. A block never holds numbers of two tensors: more columns are more rows of codes,
-and more rows of W begin a block of their own, so that widened or not each of the base's weights has the same codes.
+For runtimes of the ONNX standard, W is DequantizeLinear(codes, scales). A head that is tied to the embeddings reads the same codes.
+
+A block never holds numbers of two tensors: more columns are more rows of codes, and more rows of W begin a block of their own, so that
+widened or not each of the base's weights has the same codes.
 
 Runs last: what the other passes do to floating-point weights holds for the codes as well.
 """

@@ -111,8 +111,8 @@ def quantized_facts(report: Report) -> dict[str, str]:
     own = "" if price.adapter_loss is None else f"; rounding A, B and G alone moves it by {price.adapter_loss:.2%}"
     facts["price of quantization"] = f"the adapter's effect moves by {price.effect_error:.1%}{own}"
     facts["answers"] = (
-        f"{price.kl_mean:.3g} nats per token from the model as it was trained, the same next token at {price.top1_agreement:.1%} of places; "
-        f"the base model alone {price.base_kl_mean:.3g} and {price.base_top1_agreement:.1%}"
+        f"{price.kl_mean:.3g} nats per token from the model as it was trained, the same next token at {price.top1_agreement:.1%} of "
+        f"places; the base model alone {price.base_kl_mean:.3g} and {price.base_top1_agreement:.1%}"
     )
     return facts | ({"advice": price.advice} if price.advice else {})
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact
 from flora_export.backends import Golden, Plan, Progress, Runner
 from flora_export.backends.onnxruntime import GraphBackend, write_graph
+from flora_export.backends.quantizing import choose_for_engines
 from flora_export.backends.tensorrt import cache
 from flora_export.backends.tensorrt.engine import build_engine
 from flora_export.backends.tensorrt.explain import engine_lines
@@ -33,6 +34,8 @@ from flora_export.errors import ArtifactError, BackendError, CheckpointError, Fl
 from flora_export.ledger import planned_entries, write_model
 from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.passes import Fused, lowering, run_passes
+from flora_export.passes.quantize import Quantize
+from flora_export.quantization import BITS
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ class TensorRT(GraphBackend):
     name = "tensorrt"
     targets = {"cuda": "tensorrt"}  # noqa: RUF012  # never written to
     aligned = {"fp16": 8, "bf16": 8}  # noqa: RUF012  # tensor cores want widths that are a multiple of 16 bytes
-    unquantized = "engines are built in fp32, fp16 and bf16. For int4 and int8 use --backend onnxruntime --target cuda"
 
     def options(self, given: Mapping[str, Any]) -> EngineOptions:
         return read_options(given)
@@ -75,7 +77,10 @@ class TensorRT(GraphBackend):
         self, base: BaseModel, target: str | None, precision: str, align: int | None, options: EngineOptions | None, golden: Golden
     ) -> EngineBuild:
         options = options or EngineOptions()
+        if align is None and precision in BITS:
+            align = options.quantization.block_size or (base.packed.block_size if base.packed is not None else 32)
         plan = super().prepare(base, target, precision, align, options, golden)
+        quantization = choose_for_engines(precision, options.quantization, plan.align, base.packed)
         profiles = profiles_for(options.ranges, base.context, options.cache_tokens)
         check_prompts(profiles, *golden(options.cache_tokens))
         flavour = load_flavour(options.flavour)
@@ -85,7 +90,7 @@ class TensorRT(GraphBackend):
             )
             raise FloraExportError(f"{flavour.title} has no {wrong}. Leave it out, or use --trt-flavor tensorrt.")
         recipe = Recipe(flavour, choose_capabilities(flavour, options.compute_capabilities), profiles, options)
-        return EngineBuild(plan.target, plan.form, plan.align, options.cache_tokens, recipe=recipe)
+        return EngineBuild(plan.target, plan.form, plan.align, options.cache_tokens, quantization, recipe=recipe)
 
     def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
         assert isinstance(plan, EngineBuild)
@@ -140,6 +145,8 @@ def write(fused: Fused, directory: Path, plan: EngineBuild, progress: Progress) 
         progress("building the base model's engine, to compare", 0, 1)
         bare = capture(fused.base, fused.capture.form, fused.capture.precision).model
         run_passes(bare, lowering(fused.capture.form, fused.cache_tokens))
+        if fused.quantization is not None:
+            run_passes(bare, [Quantize(fused.quantization, fused.base.packed)])
         with tempfile.TemporaryDirectory(dir=directory) as name:
             write_model(bare, Path(name))
             base = _compile(recipe, Path(name), manifest, bare, planned_entries(bare), keep_engine=False)[1]

@@ -103,13 +103,23 @@ def _weight(node: ir.Node) -> ir.Value | None:
     """The weight of a GEMM, or None where the node is none."""
     if node.op_type not in ("MatMul", "Gemm"):
         return None
-    return next((v for v in node.inputs if v is not None and (v.is_initializer() or _transposed(v) is not None)), None)
+    inputs = [_dequantized(v) or v for v in node.inputs if v is not None]
+    return next((v for v in inputs if v.is_initializer() or _transposed(v) is not None), None)
 
 
 def _transposed(value: ir.Value) -> ir.Value | None:
     """The initializer that a value is the transpose of: a tied head reads the embedding."""
+    return _made_by("Transpose", value)
+
+
+def _dequantized(value: ir.Value) -> ir.Value | None:
+    """The codes that a value is read from."""
+    return _made_by("DequantizeLinear", value)
+
+
+def _made_by(operator: str, value: ir.Value) -> ir.Value | None:
     node = value.producer()
-    source = node.inputs[0] if node is not None and node.op_type == "Transpose" else None
+    source = node.inputs[0] if node is not None and node.op_type == operator else None
     return source if source is not None and source.is_initializer() else None
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Limits
+from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions
+from flora_export.backends.quantizing import read_options as read_quantization
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.manifest import Tensor
 
@@ -40,6 +42,7 @@ class EngineOptions:
     compare_base: bool = True  # build the base model's engine too, to count what the adapter adds
     cache: bool = True  # keep engines between builds
     cache_tokens: int = 0  # places of a static KV cache; 0: the cache grows
+    quantization: QuantizationOptions = dataclasses.field(default_factory=QuantizationOptions)
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,10 @@ class EnginePlan:
 def read_options(given: Mapping[str, Any]) -> EngineOptions:
     """The options of an engine, from what a user gave by name. Raises FloraExportError where one is unknown or cannot be."""
     known = {name: read(given[name]) for name, (_, read) in _GIVEN.items() if name in given}
-    for name in given.keys() - _GIVEN.keys():
+    for name in given.keys() - _GIVEN.keys() - set(QUANTIZING):
         raise FloraExportError(f"--{name.replace('_', '-')} is no option of --backend tensorrt")
-    return EngineOptions(**{_GIVEN[name][0]: value for name, value in known.items()})
+    quantization = read_quantization({name: given[name] for name in QUANTIZING if name in given})
+    return EngineOptions(**{_GIVEN[name][0]: value for name, value in known.items()}, quantization=quantization)
 
 
 def parse_ranges(texts: Sequence[str]) -> dict[str, Range]:
