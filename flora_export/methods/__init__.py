@@ -21,6 +21,11 @@ from flora_export.methods.reading import Header, Promise, check_finite, check_he
 METHODS: dict[str, str] = {
     "FFBA": "flora_export.methods.ffba",
     "LORA": "flora_export.methods.lora",
+    "DELORA": "flora_export.methods.delora",
+    "DORA": "flora_export.methods.dora_fork",
+    "LORA2": "flora_export.methods.lora2",
+    "MELORA": "flora_export.methods.melora",
+    "RESLORA": "flora_export.methods.reslora",
 }
 
 
