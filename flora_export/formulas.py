@@ -130,14 +130,15 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _dora(x: torch.Tensor, weight: torch.Tensor, own: _Own, config: Mapping[str, Any], before: int) -> torch.Tensor:
     magnitude = own["weight_m_wdecomp.weight"][:, 0]
     if "lora_A.weight" not in own:
-        return magnitude / torch.linalg.vector_norm(weight, dim=1) * _linear(x, weight)
+        norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1)
+        return magnitude / norms * _linear(x, weight)
     return _directed(x, weight, own["lora_A.weight"], own["lora_B.weight"], config["lora_alpha"] / config["r"], magnitude)
 
 
 def _directed(
     x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor
 ) -> torch.Tensor:
-    norms = torch.linalg.vector_norm(weight + scale * (b @ a), dim=1)
+    norms: torch.Tensor = torch.linalg.vector_norm(weight + scale * (b @ a), dim=1)
     return magnitude / norms * (_linear(x, weight) + scale * _linear(_linear(x, a), b))
 
 
@@ -167,9 +168,8 @@ def _melora(x: torch.Tensor, weight: torch.Tensor, own: _Own, config: Mapping[st
 
 def _lora2(x: torch.Tensor, weight: torch.Tensor, own: _Own, config: Mapping[str, Any], before: int) -> torch.Tensor:
     inner = _linear(_linear(x, own["lora_A"]), own["lora_B"]) * own["lora_E"][:, 0]
-    return _linear(x, weight) + _linear(_linear(inner, own["lora_aa"]), own["lora_bb"]) * float(config["lora_alpha"]) / (
-        own["ranknum"] + 1e-5
-    )
+    scale = float(config["lora_alpha"]) / (own["ranknum"] + 1e-5)
+    return _linear(x, weight) + scale * _linear(_linear(inner, own["lora_aa"]), own["lora_bb"])
 
 
 def _reslora(x: torch.Tensor, weight: torch.Tensor, own: _Own, config: Mapping[str, Any], before: int) -> torch.Tensor:

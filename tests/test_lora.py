@@ -141,7 +141,7 @@ def test_a_tensorrt_engine_of_it(base: Path, lora: Path, tmp_path: Path) -> None
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "PROMPT"}, r"peft_type is 'PROMPT', but the methods that can be exported are FFBA, LORA"),
+    ({"peft_type": "PROMPT"}, r"peft_type is 'PROMPT', which this flora-export does not know. It reads FFBA, LORA"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base.*path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "olora"}, "'olora', which changes the base"),
     ({"init_lora_weights": "loftq"}, "'loftq', which changes the base"),

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from flora_export.base_model import load_base
 from flora_export.errors import CheckpointError
+from flora_export.manifest import LedgerEntry
 from flora_export.methods import load_checkpoint
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from tests import methods
 from tests.conftest import silent
 from tests.families import make_lora
-from tests.mutate import edit_manifest
+from tests.mutate import edit, edit_manifest
 
 Made = Callable[[str], Path]
 
@@ -180,3 +183,89 @@ def test_what_is_plain_lora_in_the_end(base: Path, tmp_path: Path) -> None:
         )
     _, report = build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)
     assert report.verified
+
+
+BY_PEFT: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 4, "target_r": 4, "total_step": 10, "lora_alpha": 32}, "BOFT": {"boft_block_size": 4}, "C3A": {"block_size": 16},
+    "DEFT": {}, "GLORA": {}, "GRALORA": {}, "HIRA": {}, "HRA": {}, "IA3": {"feedforward_modules": ["up_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]}, "LOHA": {}, "LOKR": {}, "MISS": {}, "OFT": {"oft_block_size": 8, "r": 0},
+    "PEANUT": {}, "PVERA": {}, "RANDLORA": {}, "ROAD": {"group_size": 32}, "TINYLORA": {},
+    "VBLORA": {"vector_length": 16, "num_vectors": 20}, "VERA": {},
+}  # fmt: skip
+
+
+def by_peft(kind: str, base: Path, directory: Path, **config: Any) -> Path:
+    """PEFT's own random adapter, every trained number moved."""
+    torch.manual_seed(3)
+    defaults = {"target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    made = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**(defaults | BY_PEFT[kind] | config))
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", BY_PEFT)
+def test_what_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
+    """PEFT's merge against PEFT's unmerged forward pass in fp64; the ledger names PEFT and merges a second time."""
+    adapter = by_peft(kind, base, tmp_path / "adapter")
+    artifact, report = build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)
+    assert report.numerics is not None and not report.numerics.causes
+    assert min(case.largest_effect for case in report.numerics.cases) > 0.01
+    assert report.ledger.changed_tensors_near == len(artifact.manifest.changes) == (2 if kind == "LN_TUNING" else 6)
+    assert {change.what for change in artifact.manifest.changes} == {f"{kind}, merged by PEFT {peft.__version__}"}
+    assert report.ledger.adapter_tensors == len(load_file(adapter / "adapter_model.safetensors"))
+
+
+def test_biases_that_peft_merges(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("qwen2")
+    artifact, report = build(by_peft("IA3", base, tmp_path / "adapter"), str(base), tmp_path / "out", BuildOptions(), silent)
+    assert report.verified and "model.layers.0.self_attn.q_proj.bias" in {change.tensor for change in artifact.manifest.changes}
+
+
+def test_a_weight_that_peft_did_not_merge_so_is_caught(base: Path, tmp_path: Path) -> None:
+    """The bound of the ledger lets rounding pass, and nothing larger."""
+    adapter, out = by_peft("LOHA", base, tmp_path / "adapter"), tmp_path / "out"
+    build(adapter, str(base), out, BuildOptions(verify=False), silent)
+
+    def nudge(by: float) -> list[str]:
+        def change(entry: LedgerEntry, view: Any) -> None:
+            if entry.origin == "changed" and "up_proj" in entry.tensor:
+                view[0, 0] += by
+
+        edit(out, change, forge=True)
+        return verify(out, adapter, str(base), VerifyOptions(), silent).ledger.faults
+
+    assert nudge(1e-7) == []
+    assert len([fault for fault in nudge(1e-3) if "is not what the artifact holds" in fault]) == 2
+
+
+NOT_BY_PEFT: list[tuple[str, dict[str, Any], str]] = [
+    ("VERA", {"save_projection": False}, "save_projection is False, but VERA without its projections draws"),
+    ("LOHA", {"peft_type": "FOURIERFT"}, "draws what it multiplies by from a seed"),
+    ("LOHA", {"peft_type": "UNILORA"}, "from a seed"),
+    ("LOHA", {"peft_type": "PREFIX_TUNING"}, "changes no weight"),
+    ("LOHA", {"peft_type": "LILY"}, "depends on the input"),
+    ("LOHA", {"peft_type": "DUALLORA"}, "depends on the input"),
+    ("LOHA", {"peft_type": "PSOFT"}, "signs depend on the LAPACK"),
+    ("LOHA", {"peft_type": "OSF"}, "singular vectors of the base model"),
+    ("LOHA", {"peft_type": None}, "peft_type is None, but must name a method"),
+    ("LOHA", {"r": 5}, r"hada_w1_a is \(64, 8\), but .* need \(64, 5\)"),
+    ("LOHA", {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+    ("LOHA", {"target_modules": ["up_proj"]}, "do not promise, first"),
+    ("LOHA", {"target_modules": ["embed_tokens"]}, "PEFT cannot make this LOHA|is an embedding"),
+    ("LOHA", {"rank_pattern": {"(a+)+b": 1}}, "may repeat no group"),
+    ("LOHA", {"r": "many"}, "PEFT cannot make this LOHA"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), NOT_BY_PEFT, ids=str)
+def test_what_peft_is_not_asked_to_merge(kind: str, changes: dict[str, Any], message: str, base: Path, tmp_path: Path) -> None:
+    adapter = by_peft(kind, base, tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | changes
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(adapter, load_base(str(base)))
