@@ -48,7 +48,7 @@ def in_double(model: nn.Module) -> Iterator[None]:
 
 
 def _read_by(module: nn.Module) -> list[nn.Module]:
-    """Modules whose tensors a module reads itself, so that they may never run: tables, and what a layer of PEFT has, its base's own included."""
+    """Modules whose tensors a module reads itself, so that they may never run: tables; in a layer of PEFT, all but blocks."""
     if not hasattr(module, "adapter_layer_names"):
         return [child for child in module.children() if isinstance(child, nn.ParameterDict)]
     own = [child for name, child in module.named_children() if name != "base_layer"]

@@ -33,6 +33,7 @@ FLOORS = {
     "flora_export.capture": 3,
     "flora_export.formulas": 3,
     "flora_export.reference": 4,
+    "flora_export.convert": 4,
     "flora_export.passes": 4,
     "flora_export.ledger": 5,
     "flora_export.proof": 6,

@@ -183,7 +183,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str, copy: Path, base
 
 TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
     (lambda t: t.pop(KEY), f"{Q} A is missing"),
-    (lambda t: t.update({f"{KEY[: -len('.lora_A.weight')]}_lora_latent_mapping.weight": torch.eye(4)}), "this is EDoRA"),
+    (lambda t: t.update({f"{KEY[: -len('.lora_A.weight')]}_lora_latent_mapping.weight": torch.eye(4)}), " R is missing"),
     (lambda t: t.update({KEY.replace("lora_A", "lora_E"): torch.zeros(4)}), "1 tensors that the configuration.*lora_E"),
     (lambda t: t[KEY].__setitem__((0, 0), float("nan")), "holds 1 NaN"),
 ]

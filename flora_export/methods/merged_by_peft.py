@@ -45,8 +45,8 @@ REFUSED = {
     "FOURIERFT": _SEED, "WAVEFT": _SEED, "UNILORA": _SEED,
     "PSOFT": "rotates singular vectors that it does not save, and whose signs depend on the LAPACK that computes them. Merge it where it "
     "was trained, with merge_and_unload()",
-    "OSF": "subtracts singular vectors of the base model that it does not save, but computes anew where it is loaded. Merge it where it was "
-    "trained, with merge_and_unload()",
+    "OSF": "subtracts singular vectors of the base model that it does not save, and computes anew where it is loaded. Merge it where it "
+    "was trained, with merge_and_unload()",
     "FROD": "needs PEFT's joint decomposition of the base model, which is not read. Merge it in PEFT with merge_and_unload()",
     "SHIRA": "holds indices, which are not read. Merge it in PEFT with merge_and_unload()",
     "SUPERTUNING": "holds indices, which are not read. Merge it in PEFT with merge_and_unload()",
