@@ -60,6 +60,8 @@ def convert(source: Path, output: Path, alpha: float | None, base: str | None) -
         raise CheckpointError(f"{source}: no such adapter directory")
     with staged(output, force=False) as directory:
         tensors, config, left_out = _read(source, alpha)
+        if sum(tensor.nbytes for tensor in tensors.values()) > MAX_WEIGHT_BYTES:
+            raise CheckpointError(f"{source}: more than {MAX_WEIGHT_BYTES} bytes; no adapter is that large")
         if base is not None:
             config["base_model_name_or_path"] = base
         with writing(output):
@@ -95,9 +97,8 @@ def _reslora(source: Path) -> tuple[Tensors, dict[str, Any], int]:
     found = {key: _RESLORA.fullmatch(key) for key in loaded}
     unknown = sorted(key for key, match in found.items() if match is None)
     if unknown or not found:
-        raise CheckpointError(
-            f"{source / RESLORA_WEIGHTS}: {(unknown or ['nothing'])[0]}, but <module>.loras.<i>.lora_A and lora_B were due"
-        )
+        first = (unknown or ["nothing"])[0]
+        raise CheckpointError(f"{source / RESLORA_WEIGHTS}: {first}, but <module>.loras.<i>.lora_A or lora_B is expected")
     matched = [match for match in found.values() if match is not None]
     config = {
         "peft_type": "RESLORA",
@@ -120,7 +121,7 @@ def _lora2(file: Path, alpha: float | None) -> tuple[Tensors, dict[str, Any], in
     modules = sorted({match["module"] for match in matched.values() if match["name"] == "lora_aa"})
     if not modules:
         raise CheckpointError(f"{file}: no LoRA² (no <module>.lora_aa). A model that is saved whole is a base model, not an adapter.")
-    ranks = {loaded[f"{module}.lora_E"].shape[0] if loaded.get(f"{module}.lora_E") is not None else 0 for module in modules}
+    ranks = {len(e) if (e := loaded.get(f"{module}.lora_E")) is not None and e.ndim == 2 else 0 for module in modules}
     if len(ranks) != 1 or 0 in ranks:
         raise CheckpointError(f"{file}: lora_E of one rank for every module is expected, but the ranks are {sorted(ranks)} (0: missing)")
     if alpha is None or not number(alpha):
@@ -133,10 +134,10 @@ def _lora2(file: Path, alpha: float | None) -> tuple[Tensors, dict[str, Any], in
         inner = loaded.get(f"{module}.lora_A")
         if inner is None or inner.ndim != 2 or inner.shape[0] != INNER:
             raise CheckpointError(
-                f"{file}: {module}.lora_A is {None if inner is None else tuple(inner.shape)}, but ({INNER}, in) is expected"
+                f"{file}: {module}.lora_A is {'missing' if inner is None else tuple(inner.shape)}, but ({INNER}, in) is expected"
             )
         key = f"{PREFIX}{module}.ranknum"
-        if key in kept:
+        if key in kept and kept[key].numel() == 1:  # an integer, or without a dimension, as scripts have it
             kept[key] = kept[key].float().reshape(1)
     config = {
         "peft_type": "LORA2", "base_model_name_or_path": None, "r": ranks.pop(), "lora_alpha": alpha, "target_modules": modules
@@ -148,8 +149,6 @@ def _unpickled(file: Path) -> Tensors:
     """The tensors of a pickle, none of its code run. Raises CheckpointError."""
     import torch
 
-    if file.stat().st_size > MAX_WEIGHT_BYTES:
-        raise CheckpointError(f"{file}: more than {MAX_WEIGHT_BYTES} bytes; no adapter is that large")
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling what a stranger wrote can raise nearly anything
@@ -160,4 +159,7 @@ def _unpickled(file: Path) -> Tensors:
         ) from error
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in loaded.items()):
         raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, but tensors by name were expected. Save the state dict alone.")
+    for key, tensor in loaded.items():  # a few bytes can say that they are a tensor of terabytes, each number the same
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{file}: {key} is no plain tensor of {tuple(tensor.shape)}. Save it with .contiguous(), unquantized.")
     return dict(loaded)

@@ -87,7 +87,10 @@ def test_what_cannot_be_converted(base: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     torch.save({"a.weight": torch.zeros(2)}, whole / "pytorch_model.bin")
+    spread = melora_source(base, tmp_path / "spread")
+    torch.save({"a": torch.zeros(1).expand(10**12)}, spread / "adapter_model.bin")
     cases = [
+        (spread, "a is no plain tensor of (1000000000000,)"),
         (tmp_path / "nowhere", "no such adapter directory"),
         (tmp_path / "empty", "no adapter that can be converted. Expected adapter_config.json and adapter_model.bin"),
         (methods.melora(base, tmp_path / "done"), "holds adapter_model.safetensors already"),

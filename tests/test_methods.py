@@ -220,6 +220,13 @@ def test_what_peft_merges(kind: str, base: Path, tmp_path: Path) -> None:
     assert report.ledger.adapter_tensors == len(load_file(adapter / "adapter_model.safetensors"))
 
 
+def test_without_a_task_type(base: Path, tmp_path: Path) -> None:
+    """PEFT then writes `auto_mapping`, which says nothing of the weights."""
+    adapter = by_peft("LOHA", base, tmp_path, task_type=None)
+    assert json.loads((adapter / "adapter_config.json").read_text())["auto_mapping"]
+    assert len(load_checkpoint(adapter, load_base(str(base))).changes) == 6
+
+
 def test_biases_that_peft_merges(bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases("qwen2")
     artifact, report = build(by_peft("IA3", base, tmp_path / "adapter"), str(base), tmp_path / "out", BuildOptions(), silent)

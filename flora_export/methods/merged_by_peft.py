@@ -72,7 +72,7 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
         )
     if kind in SAVED and not config.get("save_projection", True):
         refuse("save_projection", f"{kind} without its projections {_SEED}, or save it with save_projection=True")
-    for key, off in (("modules_to_save", None), ("bias", "none"), ("fan_in_fan_out", False), ("auto_mapping", None)):
+    for key, off in (("modules_to_save", None), ("bias", "none"), ("fan_in_fan_out", False)):
         if config.get(key) and config[key] != off:
             refuse(key, f"{kind} is exported for adapted weights alone. Merge it in PEFT with merge_and_unload()")
     check_selection(file, config, "module")
