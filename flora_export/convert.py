@@ -126,7 +126,7 @@ def _lora2(file: Path, alpha: float | None) -> tuple[Tensors, dict[str, Any], in
         raise CheckpointError(f"{file}: lora_E of one rank for every module is expected, but the ranks are {sorted(ranks)} (0: missing)")
     if alpha is None or not number(alpha):
         raise CheckpointError(
-            f"{file}: LoRA² keeps its alpha in the training script alone. Pass --alpha, as it was trained with (`lora_alpha`; where that was "
+            f"{file}: LoRA² keeps its alpha in the training script alone. Pass --alpha, as it was trained (`lora_alpha`; where that was "
             f"0, its rank, {ranks.pop()})."
         )
     kept = {PREFIX + key: loaded[key] for key, match in matched.items() if match["module"] in modules}

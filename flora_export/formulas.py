@@ -54,7 +54,8 @@ def beside_layers(model: nn.Module, checkpoint: Path) -> FormulaModel | None:
     chains: dict[str, list[Beside]] = {}
     for name in [name for name, _ in model.named_modules() if name in layers]:  # in the model's order
         chain = chains.setdefault(name.rpartition(".")[2], [])
-        layer = Beside(model.get_submodule(name), layers[name], formula, config, list(chain))  # type: ignore[arg-type]
+        before = list(chain) if formula is _reslora else []
+        layer = Beside(model.get_submodule(name), layers[name], formula, config, before)  # type: ignore[arg-type]
         chain.append(layer)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)

@@ -51,7 +51,7 @@ def test_each_equals_its_own_forward_pass(name: str, adapters: Made, base: Path,
 
 
 @pytest.mark.parametrize("family", ["phi3", "qwen2"])  # packed projections; biases that the formulas must not scale
-def test_the_fork_of_dora_on_other_families(family: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+def test_edora_on_other_families(family: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases(family)
     adapter = methods.edora(base, tmp_path / "adapter", target_modules="all-linear")
     _, report = build(adapter, str(base), tmp_path / "out", BuildOptions(), silent)
