@@ -19,6 +19,7 @@ class WeightChange:
 
     `derive(W, sources)` returns W', both in the layout of the base model's file. Its bits depend on its arguments alone: elementwise
     arithmetic in a fixed order, and no matrix product, whose last bits depend on a library, on the processor and on the number of threads.
+    What a library merges has no such promise: then `exact` is False, `what` names the library, and the ledger compares within a bound.
     """
 
     tensor: str  # W's name in the base model's files
@@ -27,3 +28,4 @@ class WeightChange:
     derive: Callable[[Doubles, Sequence[Doubles]], Doubles]
     rank: int = 0  # 0: it has none
     scale: float = 1.0
+    exact: bool = True

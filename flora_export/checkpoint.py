@@ -36,7 +36,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The names of all its tensors, each once."""
+        """The names of all its tensors, each once for every branch and weight that it goes into: mostly one."""
         branches = [branch.tensor(matrix) for branch in self.branches for matrix in branch.matrices]
         return (*branches, *(source for change in self.changes for source in change.sources))
 

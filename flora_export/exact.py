@@ -39,13 +39,20 @@ def in_double(model: nn.Module) -> Iterator[None]:
                     setattr(parent, name, remade)
                     undo.callback(setattr, parent, name, child)
         for module in model.modules():
-            tables = [child for child in module.children() if isinstance(child, nn.ParameterDict)]  # they hold, and never run themselves
-            held = [t for each in (module, *tables) for t in (*each.parameters(recurse=False), *each.buffers(recurse=False))]
+            held = [t for each in (module, *_read_by(module)) for t in (*each.parameters(recurse=False), *each.buffers(recurse=False))]
             if own := [t for t in held if t.dtype == torch.float32]:
                 before, after = _hooks(own)
                 undo.callback(module.register_forward_pre_hook(before).remove)
                 undo.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
+
+
+def _read_by(module: nn.Module) -> list[nn.Module]:
+    """Modules whose tensors a module reads itself, so that they may never run: tables; in a layer of PEFT, all but blocks."""
+    if not hasattr(module, "adapter_layer_names"):
+        return [child for child in module.children() if isinstance(child, nn.ParameterDict)]
+    own = [child for name, child in module.named_children() if name != "base_layer"]
+    return [*(each for child in own for each in child.modules()), *(child for n, child in module.named_children() if n == "base_layer")]
 
 
 def _remade(module: nn.Module) -> nn.Module | None:

@@ -14,19 +14,17 @@ import onnx_ir as ir
 from flora_export.artifact import DATA, MANIFEST, MODEL, REPORT, Artifact, changed_files
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
+from flora_export.derivation import axis_of, base_values, digest_of, dtype_of, form_of, is_codes, is_scales, near
 from flora_export.errors import ArtifactError
 from flora_export.ledger import change_records, load_graph, sha256_of
 from flora_export.manifest import LedgerEntry
-from flora_export.packing import Form, quantizer_version, read_form
+from flora_export.packing import quantizer_version
 from flora_export.passes.attach import adapter_reader
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import packed_values
 from flora_export.provenance import read_name
 from flora_export.shards import read_shards
 from flora_export.weights import Array
-
-# Of a precision, the dtype of what is not quantized.
-_COMPUTED = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass
@@ -37,6 +35,7 @@ class LedgerReport:
     adapter_tensors: int = 0
     base_tensors_equal: int = 0  # to the base model's own files, bit for bit
     changed_tensors_equal: int = 0  # weights that the adapter changes, derived anew from base and adapter, bit for bit
+    changed_tensors_near: int = 0  # the same, of those that a library merges (not WeightChange.exact): within BOUND
     base_tensors_derived: list[str] = field(default_factory=list)  # by the capture: no tensor of the base model has its name
     bytes: dict[str, int] = field(default_factory=dict)  # of the slices, by their origin
     faults: list[str] = field(default_factory=list)
@@ -114,7 +113,7 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
         expected = entry.stop
         report.checked += 1
         report.bytes[entry.origin] = report.bytes.get(entry.origin, 0) + _slice(values, entry).nbytes
-        if entry.origin == "zeros" and not _is_codes(entry) and np.any(_slice(values, entry)):  # at a scale of zero, codes say nothing
+        if entry.origin == "zeros" and not is_codes(entry) and np.any(_slice(values, entry)):  # at a scale of zero, codes say nothing
             report.faults.append(f"{tensor.name}: its padding, slice [{entry.start}, {entry.stop}), is not zero")
         if sha256_of(_slice(values, entry)) != entry.sha256:
             report.faults.append(
@@ -132,12 +131,12 @@ def _slice(values: Array, entry: LedgerEntry) -> Array:
 
 
 def _check_coverage(artifact: Artifact, report: LedgerReport) -> None:
-    """Every adapter tensor has one slice, or goes into one changed weight, which is there and nowhere unchanged."""
+    """Every adapter tensor has one slice, or goes into the weights that it changes, which are there and nowhere unchanged."""
     manifest = artifact.manifest
     stands = {tensor: {e.initializer for e in entries} for tensor, entries in _by_tensor(artifact, "base").items()}
     changed = _by_tensor(artifact, "changed")
-    held = Counter(entry.tensor for entry in manifest.ledger if entry.origin == "adapter" and not _is_scales(entry))
-    codes, scales = (Counter((e.tensor, e.origin) for e in manifest.ledger if which(e)) for which in (_is_codes, _is_scales))
+    held = Counter(entry.tensor for entry in manifest.ledger if entry.origin == "adapter" and not is_scales(entry))
+    codes, scales = (Counter((e.tensor, e.origin) for e in manifest.ledger if which(e)) for which in (is_codes, is_scales))
     report.faults += [
         f"{tensor} ({origin}): has {codes[tensor, origin]} slices of codes, but {scales[tensor, origin]} of scales"
         for tensor, origin in dict.fromkeys([*codes, *scales])
@@ -151,11 +150,12 @@ def _check_coverage(artifact: Artifact, report: LedgerReport) -> None:
         report.faults += [f"{record.tensor}: stands unchanged in {name}" for name in sorted(stands.get(record.tensor, ()))]
     unknown = changed.keys() - {record.tensor for record in manifest.changes}
     report.faults += [f"{tensor}: is changed, but the manifest does not say by what" for tensor in sorted(unknown)]
-    promised = manifest.checkpoint["tensors"]
+    promised = Counter(manifest.checkpoint["tensors"])
     report.adapter_tensors = len(promised)
-    for tensor in promised:
-        if held[tensor] != 1:
-            report.faults.append(f"{tensor}: has {held[tensor]} slices in the artifact, but must have one")
+    for tensor, count in promised.items():
+        if held[tensor] != count:
+            must = "one" if count == 1 else str(count)
+            report.faults.append(f"{tensor}: has {held[tensor]} slices in the artifact, but must have {must}")
     report.faults += [f"{tensor}: in the ledger, but not in the checkpoint" for tensor in held.keys() - set(promised)]
 
 
@@ -184,8 +184,8 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
             for entry in entries[branch.tensor(matrix)]:
                 if entry.initializer not in initializers:
                     continue  # reported already
-                values = adapter_reader(checkpoint, branch, matrix, _dtype(artifact, entry, initializers))()
-                if _digest(values.T if artifact.is_checkpoint else values, entry) != entry.sha256:
+                values = adapter_reader(checkpoint, branch, matrix, dtype_of(artifact, entry, initializers))()
+                if digest_of(values.T if artifact.is_checkpoint else values, entry) != entry.sha256:
                     report.faults.append(
                         f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
                         if matrix == "B"
@@ -200,58 +200,19 @@ def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.
     for entry in artifact.manifest.ledger:
         if entry.origin != "base" or entry.initializer not in initializers:
             continue
-        own = packed_values(entry.tensor, _form(entry), base.packed) if entry.form else None
+        own = packed_values(entry.tensor, form_of(entry), base.packed) if entry.form else None
         if own is not None:
             equal = sha256_of(own) == entry.sha256
             report.base_tensors_equal += equal
             report.faults += [] if equal else [f"{entry.tensor}: is not what the base model's own integers are"]
             continue
-        values = _base_values(entry, base, _dtype(artifact, entry, initializers))
+        values = base_values(entry, base, dtype_of(artifact, entry, initializers))
         if values is None:
             report.base_tensors_derived.append(entry.tensor)
-        elif _digest(values, entry) == entry.sha256:
+        elif digest_of(values, entry) == entry.sha256:
             report.base_tensors_equal += 1
         else:
             report.faults.append(f"{entry.tensor}: is not the tensor of the base model's own file")
-
-
-def _base_values(entry: LedgerEntry, base: BaseModel, dtype: ir.DataType) -> Array | None:
-    """The values of a captured weight, from the base model's files, by its name; None where they have no such tensor."""
-    captured = read_name(entry.tensor)
-    if not all(name in base.tensors for name in captured.tensors):
-        return None
-    arrays = [base.read(name).astype(dtype.numpy(), copy=False) for name in captured.tensors]
-    return captured.take(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0), _axis(entry))
-
-
-def _is_scales(entry: LedgerEntry) -> bool:
-    return entry.form != "" and _form(entry).content == "scales"
-
-
-def _is_codes(entry: LedgerEntry) -> bool:
-    return entry.form != "" and _form(entry).content == "codes"
-
-
-def _dtype(artifact: Artifact, entry: LedgerEntry, initializers: dict[str, ir.TensorProtocol]) -> ir.DataType:
-    """The dtype that a tensor had in the graph before it was quantized, or has."""
-    return _COMPUTED[artifact.manifest.compute] if entry.form else initializers[entry.initializer].dtype
-
-
-def _axis(entry: LedgerEntry) -> int:
-    """The axis of the floating-point weight along which an entry is a slice: codes stand by output, weights by input."""
-    return _form(entry).axis(entry.axis) if entry.form else entry.axis
-
-
-def _digest(values: Array, entry: LedgerEntry) -> str:
-    """The digest of a tensor's numbers as they stand in an artifact: quantized anew where the entry says so."""
-    return sha256_of(_form(entry).of(values) if entry.form else values)
-
-
-def _form(entry: LedgerEntry) -> Form:
-    try:
-        return read_form(entry.form)
-    except ValueError as error:
-        raise ArtifactError(f"{MANIFEST}: {entry.tensor}: {error}. Was it built by a newer flora-export? Build it again.") from error
 
 
 def _check_changes(
@@ -268,16 +229,22 @@ def _check_changes(
         for entry in entries[change.tensor]:
             if entry.initializer not in initializers:
                 continue  # reported already
-            dtype, captured = _dtype(artifact, entry, initializers), read_name(entry.tensor)
+            dtype, captured = dtype_of(artifact, entry, initializers), read_name(entry.tensor)
             if dtype not in derived:
                 derived[dtype] = changed_values(checkpoint, change, base, dtype.numpy())
             rows[captured.start : captured.stop] = True
-            wrong += _digest(captured.take(derived[dtype], _axis(entry)), entry) != entry.sha256
+            values = captured.take(derived[dtype], axis_of(entry))
+            if change.exact:
+                wrong += digest_of(values, entry) != entry.sha256
+            else:
+                wrong += not near(values, _slice(initializers[entry.initializer].numpy(), entry), dtype)
         if wrong:
             report.faults.append(f"{change.tensor}: changed by {', '.join(change.sources)}, it is not what the artifact holds")
         elif not rows.all():
             report.faults.append(
                 f"{change.tensor}: {int((~rows).sum())} of its {len(rows)} rows are not in the artifact as they are changed"
             )
-        else:
+        elif change.exact:
             report.changed_tensors_equal += 1
+        else:
+            report.changed_tensors_near += 1

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,8 @@ import flora_export.ffba  # noqa: F401  # registers FFBA with PEFT
 from flora_export.base_model import BaseModel
 from flora_export.errors import CheckpointError
 from flora_export.exact import in_double
+from flora_export.formulas import beside_layers
+from flora_export.quiet import quiet
 
 _Array = npt.NDArray[np.float32]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +37,10 @@ class Reference:
         """
         try:
             with quiet():
-                self.model = peft.PeftModel.from_pretrained(load_eager(base), str(checkpoint)).eval()
+                model = load_eager(base)
+                beside = beside_layers(model, checkpoint)
+                # one or the other: a FormulaModel has of a PeftModel what is used of it
+                self.model = cast("peft.PeftModel", beside or peft.PeftModel.from_pretrained(model, str(checkpoint))).eval()
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, ImportError) as error:
             raise CheckpointError(f"eager PyTorch cannot load {checkpoint} on {base.name} ({type(error).__name__}: {error})") from error
 
@@ -156,21 +160,3 @@ def kept_outputs(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, _
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers: its progress bars, its log lines and its warnings."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        transformers.utils.logging.enable_progress_bar()
-        transformers.logging.set_verbosity(verbosity)

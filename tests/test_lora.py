@@ -141,7 +141,7 @@ def test_a_tensorrt_engine_of_it(base: Path, lora: Path, tmp_path: Path) -> None
 
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "LOHA"}, r"peft_type is 'LOHA', but the methods that can be exported are FFBA, LORA\."),
+    ({"peft_type": "PROMPT"}, r"peft_type is 'PROMPT', which this flora-export does not know. It reads FFBA, LORA"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changes the base.*path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "olora"}, "'olora', which changes the base"),
     ({"init_lora_weights": "loftq"}, "'loftq', which changes the base"),
@@ -183,7 +183,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str, copy: Path, base
 
 TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
     (lambda t: t.pop(KEY), f"{Q} A is missing"),
-    (lambda t: t.update({f"{KEY[: -len('.lora_A.weight')]}_lora_latent_mapping.weight": torch.eye(4)}), "this is EDoRA"),
+    (lambda t: t.update({f"{KEY[: -len('.lora_A.weight')]}_lora_latent_mapping.weight": torch.eye(4)}), " R is missing"),
     (lambda t: t.update({KEY.replace("lora_A", "lora_E"): torch.zeros(4)}), "1 tensors that the configuration.*lora_E"),
     (lambda t: t[KEY].__setitem__((0, 0), float("nan")), "holds 1 NaN"),
 ]

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import peft
 import pytest
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from flora_export.artifact import open_artifact
 from flora_export.backends import load_backend
@@ -153,6 +155,16 @@ def test_a_merged_lora_is_quantized_after_it_is_merged(base: Path, tmp_path: Pat
     report = verify(tmp_path / "out", adapter, str(base), VerifyOptions(), silent)
     assert any("changed by" in fault for fault in report.ledger.faults)
     assert report.numerics is not None and report.numerics.causes
+
+
+def test_what_peft_merges_is_not_quantized(base: Path, tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        peft.IA3Config(task_type="CAUSAL_LM", target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+    )
+    model.save_pretrained(tmp_path / "ia3")
+    with pytest.raises(FloraExportError, match=r"IA3, merged by PEFT .*, has other last bits on other machines, and int4 codes"):
+        build(tmp_path / "ia3", str(base), tmp_path / "out", options(), silent)
 
 
 def test_the_adapter_can_be_silenced(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from flora_export.errors import BackendError
 from flora_export.ledger import block_records, sha256_of
 from flora_export.manifest import LedgerEntry, Manifest, Tensor
 from flora_export.passes import Fused
-from flora_export.reference import dynamic_cache, kept_outputs, quiet
+from flora_export.quiet import quiet
+from flora_export.reference import dynamic_cache, kept_outputs
 from flora_export.shards import write_shards
 from flora_export.weights import Array, Part
 

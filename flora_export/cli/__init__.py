@@ -10,6 +10,7 @@ import click
 from flora_export import __version__
 from flora_export.cli.bench import bench
 from flora_export.cli.build import build
+from flora_export.cli.convert import convert
 from flora_export.cli.explain import explain
 from flora_export.cli.generate import generate
 from flora_export.cli.inspect import inspect
@@ -25,5 +26,5 @@ def main() -> None:
     """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""
 
 
-for command in (build, verify, explain, inspect, generate, bench, quantize_base, rebuild, triton):
+for command in (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, triton):
     main.add_command(command)

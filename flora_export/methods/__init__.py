@@ -21,7 +21,13 @@ from flora_export.methods.reading import Header, Promise, check_finite, check_he
 METHODS: dict[str, str] = {
     "FFBA": "flora_export.methods.ffba",
     "LORA": "flora_export.methods.lora",
+    "DELORA": "flora_export.methods.delora",
+    "DORA": "flora_export.methods.dora_fork",
+    "LORA2": "flora_export.methods.lora2",
+    "MELORA": "flora_export.methods.melora",
+    "RESLORA": "flora_export.methods.reslora",
 }
+MERGED_BY_PEFT = "flora_export.methods.merged_by_peft"  # every other peft_type, which it refuses by name or leaves to PEFT's own merge
 
 
 class Method(Protocol):
@@ -89,11 +95,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Method]:
     file = path / CONFIG
     config = read_json(file, "adapter configuration")
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in METHODS:
-        raise CheckpointError(
-            f"{file}: peft_type is {kind!r}, but the methods that can be exported are {', '.join(METHODS)}. "
-            "Many others can be merged into the base model with PEFT's merge_and_unload(), and served as a model of their own."
-        )
-    method = cast("Method", importlib.import_module(METHODS[kind]))
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file}: peft_type is {kind!r}, but must name a method, such as {', '.join(METHODS)}")
+    method = cast("Method", importlib.import_module(METHODS.get(kind, MERGED_BY_PEFT)))
     method.check_config(file, config)
     return config, method

@@ -25,6 +25,7 @@ from flora_export.change import Doubles, WeightChange
 from flora_export.checkpoint import CONFIG
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank, row_norms
+from flora_export.methods.edora import with_mappings
 from flora_export.methods.reading import (
     Header,
     Promise,
@@ -133,11 +134,11 @@ def _check_start(file: Path, config: Mapping[str, Any]) -> None:
 def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) -> Promise:
     """The changed weights that the configuration promises for this base model. Raises CheckpointError."""
     shapes = base.shapes
-    _refuse_tied(path / CONFIG, config, base)
+    refuse_tied(path / CONFIG, config, base)
     changes: list[WeightChange] = []
     tensors: Tensors = {}
     for module in (name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2):
-        if not _targeted(config, module, shapes[f"{module}.weight"], base):
+        if not targeted(config, module, shapes[f"{module}.weight"], base):
             continue
         rank = by_pattern(module, config["r"], config["rank_pattern"])
         alpha = by_pattern(module, config["lora_alpha"], config["alpha_pattern"])
@@ -161,12 +162,7 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
     twice = sorted(c.tensor for i, c in enumerate(changes) if any(c.tensor == other.tensor for other in changes[:i]))
     if twice:
         raise CheckpointError(f"{path / CONFIG}: {twice[0]} is changed by LoRA and saved whole as well; only one of them can be meant")
-    mapping = sorted(key for key in found.keys() - tensors.keys() if key.endswith("_lora_latent_mapping.weight"))
-    if mapping:
-        raise CheckpointError(
-            f"{path}: {mapping[0]}: this is EDoRA, whose B is multiplied by that matrix; PEFT drops it in silence. EDoRA is not exported "
-            "yet: multiply each lora_B by it, and save the adapter as a plain DoRA."
-        )
+    changes, tensors = with_mappings(path, changes, tensors, found)
     return Promise((), tuple(changes), tensors)
 
 
@@ -176,7 +172,7 @@ def _of_module(
     """The changes of one module's weight and bias, and the tensors of the adapter that they take."""
     weight, at = f"{module}.weight", f"{PREFIX}{module}."
     outputs, inputs = shapes[weight]
-    if _is_embedding(module):
+    if is_embedding(module):
         if config["use_dora"]:
             raise CheckpointError(f"{path / CONFIG}: DoRA on the embedding {module} is not exported. Train without it in target_modules.")
         tensors: Tensors = {
@@ -195,7 +191,7 @@ def _of_module(
         tensors[f"{at}base_layer.weight"] = (f"{module}, the base's own", (outputs, inputs))
         derive = partial(_beside_itself, module, derive)
     changes = [WeightChange(weight, what, tuple(tensors), derive, rank, scale)]
-    if config["lora_bias"] and not _is_embedding(module):
+    if config["lora_bias"] and not is_embedding(module):
         bias = f"{module}.bias"
         if bias not in shapes:
             raise CheckpointError(
@@ -239,7 +235,7 @@ def _replaced(weight: Doubles, sources: Sequence[Doubles]) -> Doubles:
     return sources[0]
 
 
-def _is_embedding(module: str) -> bool:
+def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in EMBEDDINGS
 
 
@@ -248,12 +244,12 @@ def _module_of(tensor: str, parts: int) -> str:
     return tensor.rsplit(".", 1 + parts)[0]
 
 
-def _refuse_tied(file: Path, config: Mapping[str, Any], base: BaseModel) -> None:
+def refuse_tied(file: Path, config: Mapping[str, Any], base: BaseModel) -> None:
     """An adapter on one use of a table that the base uses twice: PEFT trains one of them, and a merge would change both."""
     if not base.tied:
         return
     saved = config["modules_to_save"]
-    for module in ("lm_head", "model.embed_tokens", *(n.removesuffix(".weight") for n in base.shapes if _is_embedding(n[:-7]))):
+    for module in ("lm_head", "model.embed_tokens", *(n.removesuffix(".weight") for n in base.shapes if is_embedding(n[:-7]))):
         targeted = config["target_modules"] != ALL_LINEAR and matches(config["target_modules"], module)
         if (targeted and not matches(config.get("exclude_modules"), module)) or any(module.endswith(name) for name in saved):
             raise CheckpointError(
@@ -262,7 +258,7 @@ def _refuse_tied(file: Path, config: Mapping[str, Any], base: BaseModel) -> None
             )
 
 
-def _targeted(config: Mapping[str, Any], module: str, shape: tuple[int, ...], base: BaseModel) -> bool:
+def targeted(config: Mapping[str, Any], module: str, shape: tuple[int, ...], base: BaseModel) -> bool:
     """Whether PEFT would put a LoRA there."""
     if matches(config.get("exclude_modules"), module):
         return False
@@ -270,7 +266,7 @@ def _targeted(config: Mapping[str, Any], module: str, shape: tuple[int, ...], ba
         return False
     targets = config["target_modules"]
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return module != "lm_head" and not _is_embedding(module)
+        return module != "lm_head" and not is_embedding(module)
     return matches(targets, module) and (in_layers(config, _layer(config, module)) or module in targets)
 
 

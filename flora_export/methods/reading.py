@@ -113,7 +113,7 @@ def weights_file(path: Path) -> Path:
     if not file.is_file():
         if (path / PICKLE).exists():
             raise CheckpointError(
-                f"{path / PICKLE} is a pickle, which can run code when read. Save the adapter with safe_serialization=True."
+                f"{path / PICKLE} is a pickle, which can run code when read. Convert it, running none: flora-export convert {path} OUT."
             )
         raise CheckpointError(f"{path}: {WEIGHTS} is missing")
     if file.stat().st_size > MAX_WEIGHT_BYTES:

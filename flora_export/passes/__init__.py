@@ -71,8 +71,15 @@ def fuse_adapter(
         cache_tokens: places of a static KV cache, where the form of the capture can have one; 0 for a cache that grows.
 
     Raises:
-        FusionError: a branch cannot be attached or fused; the message names it.
+        FusionError: a branch cannot be attached or fused; the message names it. Or a merged weight is to be quantized that another machine
+            merges to other bits, so that its codes could not be derived anew.
     """
+    inexact = [change for change in checkpoint.changes if not change.exact]
+    if quantization is not None and inexact:
+        raise FusionError(
+            f"{inexact[0].tensor}: {inexact[0].what}, has other last bits on other machines, and {quantization.precision} codes "
+            "with them: they could not be proved. Build it in fp32 or fp16."
+        )
     lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
     lowered = run_passes(capture.model, lowered)
     before = operator_counts(capture.model)

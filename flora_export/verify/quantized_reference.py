@@ -22,7 +22,8 @@ from flora_export.packing import Array, read_back
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
-from flora_export.reference import Reference, load_eager, quiet
+from flora_export.quiet import quiet
+from flora_export.reference import Reference, load_eager
 from flora_export.verify.coverage import Run, measure_floors
 
 PREFIX = "base_model.model."  # before the base's own names, in PEFT's

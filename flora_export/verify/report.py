@@ -66,6 +66,10 @@ class Report:
             )
         if ledger.changed_tensors_equal:
             lines.append(f"          {ledger.changed_tensors_equal} changed weights were derived anew from base and adapter, and are equal")
+        if ledger.changed_tensors_near:
+            lines.append(
+                f"          {ledger.changed_tensors_near} changed weights were merged by a library, were merged again, and are near"
+            )
         if self.replay_faults is not None:
             lines.append("  golden vectors: replayed")
         if self.numerics is not None:
