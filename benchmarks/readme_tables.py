@@ -31,9 +31,12 @@ def section() -> str:
     """The measured section, without its heading."""
     results = "benchmarks/results"
     examples = "examples/01_train_ffba"
-    files = [f"{results}/{name}.json" for name in ("decode", "build", "engines", "decode_mlp", "serve", "accuracy-small")]
+    names = ("decode", "build", "engines", "decode_mlp", "serve", "accuracy-small", "quantized", "methods")
+    files = [f"{results}/{name}.json" for name in names]
     files += [f"{examples}/{adapter}/training.json" for adapter in ("adapter", "adapter_mlp")]
-    decode, build, engines, decode_mlp, serve, accuracy, training, training_mlp = (json.loads((ROOT / file).read_text()) for file in files)
+    decode, build, engines, decode_mlp, serve, accuracy, quantized, methods, training, training_mlp = (
+        json.loads((ROOT / file).read_text()) for file in files
+    )
     settings = decode["settings"]
     past, prompt, new = settings["past_tokens"][0], settings["prompt_tokens"][0], settings["new_tokens"]
     scores = f"{training['exact_before']:.2f} to {training['exact_after']:.2f}"
@@ -58,6 +61,9 @@ def section() -> str:
             "([training.json](examples/01_train_ffba/adapter/training.json)).",
             *mlp_paragraph(decode_mlp, training_mlp),
         ],
+        quantized_rows(quantized),
+        price_rows(quantized),
+        methods_rows(methods),
         serve_paragraph(serve),
         accuracy_paragraph(accuracy),
     ]
@@ -156,6 +162,76 @@ def engine_paragraph(engines: dict[str, Any]) -> list[str]:
         f"Unfused it has {kernels['unfused']}, with LoRA {kernels['lora']} and {gemms['lora']} GEMMs",
         "([engines.json](benchmarks/results/engines.json); counted from the builder's list of layers, not timed).",
     ]
+
+
+QUANTIZED_ARMS = {
+    "fused": "FFBA fused",
+    "unfused": "FFBA in fp32 beside",
+    "lora": "LoRA in fp32 beside, packed",
+    "genai": "the same base by GenAI's builder",
+    "genai-lora": "GenAI's builder with its own int4 LoRA",
+}
+
+
+def quantized_rows(quantized: dict[str, Any]) -> list[str]:
+    """What an adapter costs on a quantized base, a row for each base, precision and arm."""
+    found = {(row["base"], row["precision"], row["arm"], row["metric"]): row for row in reversed(quantized["latency"])}
+    table = [
+        "**int4 and int8**, rank 32: ratio to the quantized base model alone ([quantized.json](benchmarks/results/quantized.json)).",
+        "",
+        "| base, precision | arm | decode, 128 past tokens | prefill, 128 tokens | 128 + 32 tokens | bytes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for base, precision in dict.fromkeys((row["base"], row["precision"]) for row in quantized["latency"]):
+        bare = found[base, precision, "base", "tpot"]
+        table.append(f"| {base}, {precision} | base | {1000 * bare['median_seconds']:.1f} ms | 1 | 1 | {bare['bytes'] / 1e6:.0f} MB |")
+        for arm, name in QUANTIZED_ARMS.items():
+            if (base, precision, arm, "tpot") in found:
+                cells = [found[base, precision, arm, metric] for metric in METRICS]
+                ratios = [
+                    f"{cell['ratio_to_base']:.3f} ({cell['ratio_interval'][0]:.3f} to {cell['ratio_interval'][1]:.3f})" for cell in cells
+                ]
+                table.append(f"| | {name} | " + " | ".join(ratios) + f" | {cells[0]['bytes'] / 1e6:.0f} MB |")
+    return table
+
+
+def price_rows(quantized: dict[str, Any]) -> list[str]:
+    """What quantization costs the example's adapter, a row a form."""
+    table = [
+        "What it costs the example's adapter: exact answers on held-out problems; KL divergence of next-token distributions from the model",
+        "as it was trained; how far the adapter's effect moves, by all of it, and by rounding A, B and G alone.",
+        "",
+        "| form | exact answers | nats per token | effect moved | by its own rounding | bytes | build, verified |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for form in quantized["forms"]:
+        price = form["price"] or {}
+        cells = [f"{price['kl_mean']:.3g}", f"{price['effect_error']:.1%}"] if price else ["0", "0"]
+        own = price.get("adapter_loss")
+        cells += ["-" if own is None else f"{own:.2%}", f"{form['bytes'] / 1e6:.0f} MB", f"{form['verified_build_seconds']:.0f} s"]
+        table.append(f"| {form['form']} | {form['exact_answers']:.2f} | " + " | ".join(cells) + " |")
+    return table
+
+
+def methods_rows(methods: dict[str, Any]) -> list[str]:
+    """Every kind of adapter that was tried on the real model, a row each."""
+    table = [
+        f"**Every method**, trained for {methods['steps']} steps on SmolLM2, built and verified ([methods.json](benchmarks/results/methods.json)):",
+        "",
+        "| method | trainable | in the artifact | error of its effect, noise floors | decode step, ratio to base |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in methods["methods"]:
+        if "error" in row:
+            table.append(f"| {row['method']} | | refused: {row['error'].splitlines()[0]} | | |")
+            continue
+        how = ", ".join(row["how"]) if not row["branches"] else "fused: " + ", ".join(row["how"])
+        low, high = row["decode_interval"]
+        table.append(
+            f"| {row['method']} | {row['trainable'] / 1e6:.2f} M | {how if row['branches'] else 'merged: ' + how} | "
+            f"{row['effect_floors']:.1f} | {row['decode_ratio']:.3f} ({low:.3f} to {high:.3f}) |"
+        )
+    return table
 
 
 def mlp_paragraph(decode: dict[str, Any], training: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from flora_export.errors import CheckpointError
-from flora_export.unpacking import Packed, read_packed, write_plain
+from flora_export.quantization.unpacking import Packed, read_packed, write_plain
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -10,8 +10,8 @@ from flora_export.base_model import BaseModel
 from flora_export.errors import ArtifactError
 from flora_export.ledger import sha256_of
 from flora_export.manifest import LedgerEntry
-from flora_export.packing import Form, read_form
 from flora_export.provenance import read_name
+from flora_export.quantization.packing import Form, read_form
 from flora_export.weights import Array
 
 # Of a precision, the dtype of what is not quantized.

@@ -28,7 +28,7 @@ class LedgerEntry:
     stop: int
     scale: float
     sha256: str
-    form: str = ""  # of a quantized weight: which of its numbers these are, and how they were made (quantization.py)
+    form: str = ""  # of a quantized weight: which of its numbers these are, and how they were made (quantization/packing.py)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from flora_export.derivation import axis_of, base_values, digest_of, dtype_of, f
 from flora_export.errors import ArtifactError
 from flora_export.ledger import change_records, load_graph, sha256_of
 from flora_export.manifest import LedgerEntry
-from flora_export.packing import quantizer_version
 from flora_export.passes.attach import adapter_reader
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import packed_values
 from flora_export.provenance import read_name
+from flora_export.quantization.packing import quantizer_version
 from flora_export.shards import read_shards
 from flora_export.weights import Array
 

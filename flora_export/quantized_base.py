@@ -21,9 +21,9 @@ from safetensors import safe_open
 from flora_export.artifact import staged, writing
 from flora_export.base_model import BaseModel, load_base
 from flora_export.errors import CheckpointError
-from flora_export.packing import Array, read_back
 from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
+from flora_export.quantization.packing import Array, read_back
 from flora_export.shards import DTYPES, Planned, write_shards
 
 Progress = Callable[[str, int, int], None]

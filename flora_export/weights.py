@@ -33,7 +33,9 @@ class Part:
     size: int  # extent along the stacking axis
     scale: float
     read: Callable[[], Array]
-    form: str = ""  # of a quantized weight, how its numbers stand there (quantization.py); then `size` counts rows, blocks or bytes of it
+    form: str = (
+        ""  # of a quantized weight, how its numbers stand there (quantization/packing.py); then `size` counts rows, blocks or bytes of it
+    )
 
 
 class Stacked(ir.LazyTensor):

@@ -25,11 +25,11 @@ from flora_export.base_model import load_base
 from flora_export.capture import capture
 from flora_export.cli import main
 from flora_export.errors import FloraExportError, VerificationError
-from flora_export.packing import Form, dequantize, quantize, read_form
 from flora_export.passes import run_passes
 from flora_export.passes.quantize import Quantize
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.quantization import BLOCK_SIZES
+from flora_export.quantization.packing import Form, dequantize, quantize, read_form
 from flora_export.verify.formats import junit, markdown
 from flora_export.verify.html import verify_page
 from flora_export.weights import parts_of

@@ -8,8 +8,8 @@ import onnx_ir as ir
 from flora_export.artifact import Artifact
 from flora_export.backends import check_can_be_silenced
 from flora_export.manifest import LedgerEntry
-from flora_export.packing import read_form
 from flora_export.passes.hosts import projections_of
+from flora_export.quantization.packing import read_form
 from flora_export.weights import dims_of
 
 IN_FULL = 1  # MatMulNBits' accuracy_level that computes in fp32

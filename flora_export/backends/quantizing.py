@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flora_export.errors import FloraExportError
-from flora_export.packing import quantizer_version
 from flora_export.quantization import BITS, BLOCK_SIZES, STANDARD, Quantization
-from flora_export.unpacking import Packed
+from flora_export.quantization.packing import quantizer_version
+from flora_export.quantization.unpacking import Packed
 
 SAME, KEEP = "same", "keep"
 COMPUTE = {"cpu": "fp32", "cuda": "fp16"}  # what the provider's MatMulNBits computes fastest in

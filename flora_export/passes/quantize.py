@@ -20,11 +20,11 @@ import numpy as np
 import onnx_ir as ir
 
 from flora_export.errors import FusionError
-from flora_export.packing import Form
 from flora_export.passes.builder import Builder
 from flora_export.provenance import read_name
 from flora_export.quantization import STANDARD, Quantization
-from flora_export.unpacking import Packed
+from flora_export.quantization.packing import Form
+from flora_export.quantization.unpacking import Packed
 from flora_export.weights import Array, Part, Stacked, dims_of, parts_of, zeros
 
 DOMAIN = "com.microsoft"

@@ -18,10 +18,10 @@ from torch import nn
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError
-from flora_export.packing import Array, read_back
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
+from flora_export.quantization.packing import Array, read_back
 from flora_export.quiet import quiet
 from flora_export.reference import Reference, load_eager
 from flora_export.verify.coverage import Run, measure_floors

@@ -1,4 +1,4 @@
-"""Quantization: which weights of an artifact are int4 or int8, and how, as plain facts. No numpy: see packing.py for the numbers."""
+"""Quantization: which weights of an artifact are int4 or int8, and how, as plain facts. No numpy: packing.py has the numbers."""
 
 from __future__ import annotations
 

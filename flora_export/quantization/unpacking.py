@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flora_export.errors import CheckpointError
-from flora_export.packing import Array, dequantize
 from flora_export.quantization import BLOCK_SIZES
+from flora_export.quantization.packing import Array, dequantize
 
 REMEDY = "Take the original model, and let flora-export quantize it."
 COPIED = (".json", ".jinja", ".model", ".txt")
