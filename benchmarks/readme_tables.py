@@ -184,7 +184,7 @@ def quantized_rows(quantized: dict[str, Any]) -> list[str]:
     ]
     for base, precision in dict.fromkeys((row["base"], row["precision"]) for row in quantized["latency"]):
         bare = found[base, precision, "base", "tpot"]
-        table.append(f"| {base}, {precision} | base | {1000 * bare['median_seconds']:.1f} ms | 1 | 1 | {bare['bytes'] / 1e6:.0f} MB |")
+        table.append(f"| {base}, {precision} | base | {bare['median_ms']:.1f} ms | 1 | 1 | {bare['bytes'] / 1e6:.0f} MB |")
         for arm, name in QUANTIZED_ARMS.items():
             if (base, precision, arm, "tpot") in found:
                 cells = [found[base, precision, arm, metric] for metric in METRICS]
@@ -216,7 +216,8 @@ def price_rows(quantized: dict[str, Any]) -> list[str]:
 def methods_rows(methods: dict[str, Any]) -> list[str]:
     """Every kind of adapter that was tried on the real model, a row each."""
     table = [
-        f"**Every method**, trained for {methods['steps']} steps on SmolLM2, built and verified ([methods.json](benchmarks/results/methods.json)):",
+        f"**Every method**, trained for {methods['steps']} steps on SmolLM2, built and verified",
+        "([methods.json](benchmarks/results/methods.json)):",
         "",
         "| method | trainable | in the artifact | error of its effect, noise floors | decode step, ratio to base |",
         "| --- | --- | --- | --- | --- |",

@@ -8,7 +8,7 @@ ledger and `price.py` say.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,14 +21,13 @@ from flora_export.errors import CheckpointError
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
-from flora_export.quantization.packing import Array, read_back
+from flora_export.quantization.packing import DTYPES, Array, read_back
 from flora_export.quiet import quiet
 from flora_export.reference import Reference, load_eager
 from flora_export.verify.coverage import Run, measure_floors
 
 PREFIX = "base_model.model."  # before the base's own names, in PEFT's
 Tensors = dict[str, torch.Tensor]
-Rounded = Callable[[torch.Tensor], torch.Tensor]
 
 
 class QuantizedReference(Reference):
@@ -55,8 +54,10 @@ class QuantizedReference(Reference):
                     self.model = load_eager(base).eval()
             except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
                 raise CheckpointError(f"eager PyTorch cannot load {base.name} ({type(error).__name__}: {error})") from error
-            values = {change.tensor: changed_values(checkpoint, change, base, np.float32) for change in checkpoint.changes}
-            self._changed = {name: torch.from_numpy(self._read_back(name, value)) for name, value in values.items()}
+            values = {
+                change.tensor: changed_values(checkpoint, change, base, DTYPES[quantization.compute]) for change in checkpoint.changes
+            }
+            self._changed = {name: torch.from_numpy(self._read_back(name, value).astype(np.float32)) for name, value in values.items()}
         packed = base.packed
         names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.ndim == 2}
         own = {
@@ -85,18 +86,17 @@ class QuantizedReference(Reference):
     def _inner(self) -> nn.Module:
         return self.model if self._changed else super()._inner
 
-    @contextlib.contextmanager
-    def _silenced(self, silent: bool) -> Iterator[None]:
+    def _silenced(self, silent: bool) -> contextlib.AbstractContextManager[None]:
         """A merged adapter is in the weights themselves: they trade places with the base's."""
-        if not self._changed:
-            with super()._silenced(silent):
-                yield
-            return
+        return self._holding({} if silent else self._changed) if self._changed else super()._silenced(silent)
+
+    @contextlib.contextmanager
+    def _holding(self, values: Tensors) -> Iterator[None]:
+        """Within, parameters have other values."""
         parameters = dict(self.model.named_parameters())
-        kept = {name: parameters[name].data for name in self._changed}
-        if not silent:
-            for name, value in self._changed.items():
-                parameters[name].data = value.to(kept[name].dtype)
+        kept = {name: parameters[name].data for name in values}
+        for name, value in values.items():
+            parameters[name].data = value.to(kept[name].dtype)
         try:
             yield
         finally:
@@ -108,18 +108,9 @@ class QuantizedReference(Reference):
         """Whether there are A, B and G that are quantized."""
         return bool(self._adapter) and self.quantization.adapter_bits > 0
 
-    @contextlib.contextmanager
-    def exact_adapter(self) -> Iterator[None]:
+    def exact_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Within, A, B and G are what they were before they were quantized; the base stays as it is."""
-        parameters = dict(self.model.named_parameters())
-        kept = {name: parameters[name].data for name in self._adapter}
-        for name, value in self._adapter.items():
-            parameters[name].data = value
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                parameters[name].data = value
+        return self._holding(self._adapter)
 
     @contextlib.contextmanager
     def rounded_activations(self) -> Iterator[None]:
