@@ -18,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from common import random_adapter, write_result
 
-from flora_export.artifact import DATA, Artifact, open_artifact
+from flora_export.artifact import DATA, MODEL, Artifact, open_artifact
 from flora_export.base_model import load_base
 from flora_export.bench import BenchOptions, measure
 from flora_export.generate import generate
@@ -103,8 +104,19 @@ def genai_arms(path: Path, artifact: Artifact, work: Path, rank: int) -> dict[st
         if ran.returncode:
             print(f"{arm}: GenAI's builder refuses {path.name}: {ran.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return {}
+        state_cache_shapes(work / arm / MODEL, artifact)
         made[arm] = Built(Artifact(work / arm, replace(artifact.manifest, blocks=[], ledger=[])), 0)
     return made
+
+
+def state_cache_shapes(model: Path, artifact: Artifact) -> None:
+    """GenAI's builder leaves the head size of the cache's inputs open, which a benchmark has to know."""
+    shapes = {tensor.name: tensor.shape for tensor in artifact.manifest.inputs}
+    graph = ir.load(model)
+    for value in graph.graph.inputs:
+        if value.name in shapes and value.name.startswith("past_key_values."):
+            value.shape = ir.Shape(shapes[value.name])
+    ir.save(graph, model)
 
 
 def price_forms(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
