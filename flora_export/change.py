@@ -27,3 +27,4 @@ class WeightChange:
     derive: Callable[[Doubles, Sequence[Doubles]], Doubles]
     rank: int = 0  # 0: it has none
     scale: float = 1.0
+    factors: tuple[str, str] | None = None  # A and B among the sources, where W' = W + scale · B A: these can stay beside W

@@ -29,7 +29,10 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both."""
+    """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both.
+
+    Of an A and a B beside one projection, `block` is the projection, which is its own host on both sides.
+    """
 
     block: str
     activation: str
@@ -85,12 +88,15 @@ class Manifest:
     engine: dict[str, Any] = field(default_factory=dict)  # of a compiled backend: how its engine was made, and what for
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
     changes: list[ChangeRecord] = field(default_factory=list)  # of the base's weights; written where there are any
+    merge: bool = True  # whether low-rank changes are in the base's weights, not beside them; written where they are beside
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self)
         if not self.changes:
             del content["changes"]
+        if self.merge:
+            del content["merge"]
         return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 

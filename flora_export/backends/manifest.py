@@ -50,6 +50,7 @@ def describe(
         blocks=blocks,
         ledger=ledger,
         changes=change_records(checkpoint),
+        merge=not checkpoint.detours,
     )
 
 

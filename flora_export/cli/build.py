@@ -13,6 +13,7 @@ from flora_export.cli.common import (
     base_option,
     json_option,
     let_threads_sleep,
+    merge_option,
     print_json,
     progress,
     run_command,
@@ -33,6 +34,7 @@ from flora_export.cli.engine_options import engine_options, given_options
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
 @vacuous_option
+@merge_option
 @click.option("--align", type=click.IntRange(min=1), metavar="N", help="Pad ranks with zeros to a multiple of N; else as the target likes.")
 @engine_options
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
@@ -50,6 +52,7 @@ def build(
     fuse: str,
     verify: bool,
     allow_vacuous: bool,
+    merge: bool,
     align: int | None,
     force: bool,
     as_json: bool,
@@ -62,7 +65,9 @@ def build(
         from flora_export import pipeline
 
         settings = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, engine))
-        options = pipeline.BuildOptions(backend, target, precision, fuse, verify, allow_vacuous, force, align=align, settings=settings)
+        options = pipeline.BuildOptions(
+            backend, target, precision, fuse, verify, allow_vacuous, force, merge=merge, align=align, settings=settings
+        )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from flora_export.base_model import BaseModel
-from flora_export.branch import Branch
+from flora_export.branch import Branch, Detour
 from flora_export.capture import Capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
+from flora_export.passes.attach_detours import AttachDetours, place_detours
 from flora_export.passes.change_weights import ChangeWeights
 from flora_export.passes.choose_rotary import ChooseRotary
 from flora_export.passes.fold_neurons import FoldNeurons
@@ -40,6 +41,7 @@ class Fused:
     cache_tokens: int
     passes: tuple[str, ...]
     operators_before: dict[str, int]
+    detours: tuple[Detour, ...] = ()  # with their hosts
 
     @property
     def model(self) -> ir.Model:
@@ -59,11 +61,11 @@ def fuse_adapter(capture: Capture, base: BaseModel, checkpoint: Checkpoint, fuse
     lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
     lowered = run_passes(capture.model, lowered)
     before = operator_counts(capture.model)
-    branches = place_branches(capture.model, checkpoint, base, align)
-    passes = passes_for(fuse, branches, checkpoint, capture.form, base)
+    branches, detours = place_branches(capture.model, checkpoint, base, align), place_detours(capture.model, checkpoint, base)
+    passes = passes_for(fuse, branches, checkpoint, capture.form, base, detours, align)
     run_passes(capture.model, passes)
-    passes = lowered + passes
-    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, tuple(type(pass_).__name__ for pass_ in passes), before)
+    names = tuple(type(pass_).__name__ for pass_ in lowered + passes)
+    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, names, before, detours)
 
 
 def place_branches(model: ir.Model, checkpoint: Checkpoint, base: BaseModel, align: int) -> tuple[Branch, ...]:
@@ -78,21 +80,28 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
 
 
 def passes_for(
-    fuse: str, branches: Sequence[Branch], checkpoint: Checkpoint, form: str = "cpu", base: BaseModel | None = None
+    fuse: str,
+    branches: Sequence[Branch],
+    checkpoint: Checkpoint,
+    form: str = "cpu",
+    base: BaseModel | None = None,
+    detours: Sequence[Detour] = (),
+    align: int = 1,
 ) -> list[ir.passes.InPlacePass]:
     """The passes of a fusion level, in order, for a form of the capture. A checkpoint that changes weights needs the base model."""
     order: list[ir.passes.InPlacePass] = []
     if checkpoint.changes:
         assert base is not None
         order.append(ChangeWeights(checkpoint, base))  # before what widens weights: it knows them as the capture has made them
-    if not branches:
-        return order
-    order.append(Attach(branches, checkpoint))  # it makes what the others fuse
-    if fuse == "both":
+    if branches:
+        order.append(Attach(branches, checkpoint))  # it makes what the others fuse
+    if detours:
+        order.append(AttachDetours(detours, checkpoint, align))
+    if branches and fuse == "both":
         order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
-    if fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS):
-        order.append(FuseForward(branches))
-    if fuse in ("backward", "both"):
+    if (branches or detours) and (fuse == "forward" or (fuse == "both" and form not in MERGES_SIBLINGS)):
+        order.append(FuseForward(branches, detours))
+    if branches and fuse in ("backward", "both"):
         order.append(FuseBackward(branches))
     return order
 
