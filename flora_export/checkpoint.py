@@ -55,7 +55,7 @@ class Checkpoint:
         return values
 
     def unmerged(self) -> Checkpoint:
-        """The same adapter with each low-rank change beside its projection. What has no rank (biases, saved weights) is still a change.
+        """The same adapter, low-rank changes beside their projections. What has no rank (biases, saved weights) is still a change.
 
         Raises:
             CheckpointError: a change is more than A and B beside a projection; the message names it.

@@ -74,8 +74,8 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Man
     """
     if fused.detours:
         raise FusionError(
-            f"{fused.detours[0].tensor}: a plain Hugging Face checkpoint has no place for an A and a B beside a weight. Build with --merge, "
-            "or serve the adapter itself with PEFT."
+            f"{fused.detours[0].tensor}: a plain Hugging Face checkpoint has no place for an A and a B beside a weight. "
+            "Build with --merge, or serve the adapter itself with PEFT."
         )
     check_base(fused.base)
     neurons, recipes = None, changed(fused)

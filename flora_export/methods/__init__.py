@@ -51,7 +51,7 @@ def load_sources(ckpt: Path, base_name: str | None, *, merge: bool = True) -> tu
 
 
 def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Checkpoint:
-    """Read and check an adapter for a base model. Without `merge`, what is of low rank stays beside the projections that it changes.
+    """Read and check an adapter for a base model. Without `merge`, low-rank changes stay beside their projections.
 
     Raises:
         CheckpointError: anything about it is missing, unknown, of the wrong shape or not finite; or it cannot stay beside. The message says what and where.

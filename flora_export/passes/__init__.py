@@ -27,6 +27,9 @@ from flora_export.passes.lower_attention import LowerAttention
 # Forms whose compiler makes one GEMM of projections that read the same x: there, forward fusion would add a slice and bring nothing.
 MERGES_SIBLINGS = {"tensorrt": "A: TensorRT itself merges it into its hosts"}
 
+# The passes that bring the adapter into the graph; they come before those that fuse it.
+ENTERING = (ChangeWeights, Attach, AttachDetours)
+
 
 @dataclass(frozen=True)
 class Fused:

@@ -42,7 +42,8 @@ def place_detours(model: ir.Model, checkpoint: Checkpoint, base: BaseModel) -> t
         if len(places) != 1 or places[0].rows != base.shapes[detour.tensor][0] or places[0].axis != 1:
             where = ", ".join(place.initializer for place in places) or "nowhere"
             raise FusionError(
-                f"{detour.tensor}: its A and B need it whole in one weight [in, out] of the graph, but it is in: {where}. Build with --merge."
+                f"{detour.tensor}: its A and B need it whole in one weight [in, out] of the graph, but it is in: {where}. "
+                "Build with --merge."
             )
         if host_node(model, places[0].initializer).outputs[0].is_graph_output():
             raise FusionError(f"{detour.tensor} makes an output of the graph, and nothing can be added beside it. Build with --merge.")
@@ -98,7 +99,7 @@ class AttachDetours(ir.passes.InPlacePass):
 
 
 def detour_weight(host: str, matrix: str) -> str:
-    """Name of the initializer of a host's A's or B's. It does not begin as the host's module does, whose own projections are found by name."""
+    """Name of a host's A's or B's. It does not begin as the host's module does, whose own projections are found by their names."""
     return f"detour_{matrix}.{host}"
 
 
