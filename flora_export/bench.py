@@ -125,8 +125,8 @@ def _arms(options: BenchOptions, manifest: Manifest) -> tuple[str, ...]:
         others = [arm for arm in options.arms if arm not in (BASE, FUSED)]
         if others and options.arms != DEFAULT_ARMS:
             raise FloraExportError(
-                f"--arms {', '.join(others)}: the adapter is merged into the base's own weights, or beside them, and other levels are built "
-                f"of FFBA alone. Its arms are {BASE}, {FUSED}."
+                f"--arms {', '.join(others)}: the adapter is merged into the base's own weights, or beside them, and other levels are "
+                f"built of FFBA alone. Its arms are {BASE}, {FUSED}."
             )
         return BASE, FUSED
     return tuple(arm for arm in ARMS if arm in options.arms or arm == BASE)

@@ -63,8 +63,8 @@ class Checkpoint:
         for change in self.changes:
             if change.rank and change.factors is None:
                 raise CheckpointError(
-                    f"{self.path}: {change.tensor} is changed by {change.what} of rank {change.rank}, but only an A and a B beside a linear "
-                    "projection can stay apart (no DoRA, no embeddings, no head that brings its base weight). Build with --merge."
+                    f"{self.path}: {change.tensor} is changed by {change.what} of rank {change.rank}, but only an A and a B beside a "
+                    "linear projection can stay apart (no DoRA, no embeddings, no head that brings its base weight). Build with --merge."
                 )
         kept = [Detour(c.tensor, c.what, c.rank, c.scale, *c.factors) for c in self.changes if c.factors is not None]
         return dataclasses.replace(self, changes=tuple(c for c in self.changes if c.factors is None), detours=tuple(kept))

@@ -145,7 +145,7 @@ def test_every_family_equals_eager(
     artifact, report = build(adapter, str(base), tmp_path / "out", BuildOptions(merge=False), silent)
     assert report.verified and report.numerics is not None
     assert min(case.largest_effect for case in report.numerics.cases) > 0.005
-    assert max(case.effect_error for case in report.numerics.cases) < 1e-5
+    assert max(case.effect_error for case in report.numerics.cases) < 1e-4
     before, after = (artifact.manifest.operators[when]["MatMul"] for when in ("before", "after"))
     assert after - before == gemms
     assert sum(entry.origin == "adapter" for entry in artifact.manifest.ledger) == tensors

@@ -54,7 +54,8 @@ def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Check
     """Read and check an adapter for a base model. Without `merge`, low-rank changes stay beside their projections.
 
     Raises:
-        CheckpointError: anything about it is missing, unknown, of the wrong shape or not finite; or it cannot stay beside. The message says what and where.
+        CheckpointError: anything about it is missing, unknown, of the wrong shape or not finite, or cannot stay
+            beside; the message says what and where.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such adapter directory")
