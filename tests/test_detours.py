@@ -125,7 +125,7 @@ def test_a_shared_weight_is_refused() -> None:
 CASES: list[tuple[str, dict[str, Any], int, int]] = [
     ("llama", {}, 28, 10),  # q, k, v packed: one B
     ("llama", {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}, 8, 2),
-    ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [1]}, 2, 1),
+    ("llama", {"target_modules": ["v_proj"], "layers_to_transform": [1], "lora_alpha": 64}, 2, 1),
     ("qwen3", {"rank_pattern": {"o_proj": 6}}, 28, 14),  # q, k, v apart
     ("phi3", {}, 16, 8),  # one LoRA on qkv_proj, which the capture cuts and packs again; one on gate_up_proj
     ("gemma", {"target_modules": ["q_proj", "down_proj"]}, 8, 4),
