@@ -26,19 +26,32 @@ from flora_export.capture import capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.ledger import write_model
 from flora_export.methods import load_checkpoint
-from flora_export.passes import Attach, FoldNeurons, FuseBackward, FuseForward, lowering, passes_for, place_branches, run_passes
-from flora_export.passes.attach_lora import AttachLora, lora_hosts
+from flora_export.passes import (
+    Attach,
+    FoldNeurons,
+    FuseBackward,
+    FuseForward,
+    lowering,
+    passes_for,
+    place_branches,
+    run_passes,
+)
+from flora_export.passes.attach_detours import place_detours
+from flora_export.verify.build_arms import random_lora
 
 ARMS = ("base", "fused", "fused, forward by us", "unfused", "lora")
 
 
-def measure(arm: str, base: BaseModel, checkpoint: Checkpoint, rank: int, cache_tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    arm: str, base: BaseModel, checkpoint: Checkpoint, lora: Checkpoint, cache_tokens: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Build one arm's engine, and count what it is made of."""
     flavour = load_flavour("rtx")
     captured = capture(base, "tensorrt", options.precision)
     run_passes(captured.model, lowering("tensorrt", cache_tokens))
     if arm == "lora":
-        run_passes(captured.model, [AttachLora(lora_hosts(captured.model, base), rank)])
+        detours = place_detours(captured.model, lora, base)
+        run_passes(captured.model, passes_for("none", (), lora, "tensorrt", base, detours))
     elif arm != "base":
         branches = place_branches(captured.model, checkpoint, base, 8)
         forward = [Attach(branches, checkpoint), FoldNeurons(branches), FuseForward(branches), FuseBackward(branches)]
@@ -75,7 +88,8 @@ def main() -> None:
     base = load_base(str(options.base))
     with tempfile.TemporaryDirectory() as name:
         checkpoint = load_checkpoint(random_adapter(options.base, Path(name) / "adapter", options.rank), base)
-        rows = [measure(arm, base, checkpoint, options.rank, places, options) for places in (0, options.cache_tokens) for arm in ARMS]
+        lora = random_lora(base, options.rank, Path(name) / "lora")
+        rows = [measure(arm, base, checkpoint, lora, places, options) for places in (0, options.cache_tokens) for arm in ARMS]
     flavour = load_flavour("rtx")
     facts = {"flavour": flavour.title, "version": flavour.version, "compute_capability": options.compute_capability}
     model = {"base": options.base.name, "rank": options.rank, "precision": options.precision, "layers": base.layers}

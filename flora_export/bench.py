@@ -95,7 +95,7 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
     backend_of(artifact).timed(artifact, threads)  # what is wrong with it shows before anything is built
     _check(artifact, base, options)
     with tempfile.TemporaryDirectory(prefix="flora-export-bench-") as work, ExitStack() as stack:
-        checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter") if manifest.blocks else None
+        checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter") if manifest.blocks and manifest.merge else None
         built = {}
         for index, arm in enumerate(arms):
             progress("building arms", index, len(arms))
@@ -117,12 +117,12 @@ def _arms(options: BenchOptions, manifest: Manifest) -> tuple[str, ...]:
         raise FloraExportError(f"--arms: {', '.join(map(repr, unknown))} is unknown; there are {', '.join(ARMS)}")
     if options.max_overhead is not None and FUSED not in options.arms:
         raise FloraExportError("--max-overhead judges the arm fused: add it to --arms")
-    if manifest.changes:
+    if manifest.changes or not manifest.merge:
         others = [arm for arm in options.arms if arm not in (BASE, FUSED)]
         if others and options.arms != DEFAULT_ARMS:
             raise FloraExportError(
-                f"--arms {', '.join(others)}: the adapter is merged into the base's own weights, so there is nothing that could be fused "
-                f"otherwise. Its arms are {BASE}, {FUSED}."
+                f"--arms {', '.join(others)}: the adapter is merged into the base's own weights, or beside them, and other levels are "
+                f"built of FFBA alone. Its arms are {BASE}, {FUSED}."
             )
         return BASE, FUSED
     return tuple(arm for arm in ARMS if arm in options.arms or arm == BASE)

@@ -1,4 +1,4 @@
-"""Branch: one adapter branch and its hosts, as plain facts. No torch, no onnx.
+"""Branch and Detour: what an adapter puts beside a block, or beside one projection, as plain facts. No torch, no onnx.
 
 An FFBA adapter runs beside a block (the `self_attn` or `mlp` module of a decoder layer) with input x of width d:
 
@@ -98,6 +98,25 @@ class Branch:
     def shape(self, matrix: str, width: int) -> tuple[int, int]:
         """Shape of a matrix in torch's layout [out, in], for a model of width d."""
         return (width, self.rank) if matrix == "B" else (self.rank, width)
+
+
+@dataclass(frozen=True)
+class Detour:
+    """A low-rank branch beside one projection, y = W x + s · B (A x), with A: [r, in] and B: [out, r] in torch's layout."""
+
+    tensor: str  # W's name in the base model's files
+    what: str  # the method, in words: "LoRA"
+    rank: int
+    scale: float
+    a: str  # names of the adapter's tensors
+    b: str
+    host: str = ""  # the weight [in, out] of the graph that holds W; empty until a graph is known
+    offset: int = 0  # W's first column in it
+    columns: int = 0
+
+    @property
+    def module(self) -> str:
+        return self.tensor.removesuffix(".weight")
 
 
 def adapter_scale(alpha: float, rank: int, use_rslora: bool, gain: float) -> float:

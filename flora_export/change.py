@@ -29,3 +29,4 @@ class WeightChange:
     rank: int = 0  # 0: it has none
     scale: float = 1.0
     exact: bool = True
+    factors: tuple[str, str] | None = None  # A and B among the sources, where W' = W + scale · B A: these can stay beside W

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from flora_export.branch import Branch
+from flora_export.branch import Branch, Detour
 from flora_export.change import Doubles, WeightChange
+from flora_export.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -28,6 +30,7 @@ class Checkpoint:
     branches: tuple[Branch, ...]
     digests: dict[str, str]  # SHA-256 by file name
     changes: tuple[WeightChange, ...] = ()
+    detours: tuple[Detour, ...] = ()  # beside projections: changes that were not merged
 
     @property
     def digest(self) -> str:
@@ -38,13 +41,33 @@ class Checkpoint:
     def tensors(self) -> tuple[str, ...]:
         """The names of all its tensors, each once for every branch and weight that it goes into: mostly one."""
         branches = [branch.tensor(matrix) for branch in self.branches for matrix in branch.matrices]
-        return (*branches, *(source for change in self.changes for source in change.sources))
+        beside = [name for detour in self.detours for name in (detour.a, detour.b)]
+        return (*branches, *beside, *(source for change in self.changes for source in change.sources))
 
     def matrix(self, branch: Branch, matrix: str) -> npt.NDArray[np.float32]:
         """A, B or G of a branch in torch's layout, [r, d] or [d, r], as fp32 and unscaled."""
+        return self.tensor(branch.tensor(matrix))
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """One of its tensors by name, as fp32, in torch's layout."""
         with safe_open(self.path / WEIGHTS, framework="numpy") as file:
-            values: npt.NDArray[np.float32] = file.get_tensor(branch.tensor(matrix)).astype(np.float32)
+            values: npt.NDArray[np.float32] = file.get_tensor(name).astype(np.float32)
         return values
+
+    def unmerged(self) -> Checkpoint:
+        """The same adapter, low-rank changes beside their projections. What has no rank (biases, saved weights) is still a change.
+
+        Raises:
+            CheckpointError: a change is more than A and B beside a projection; the message names it.
+        """
+        for change in self.changes:
+            if change.rank and change.factors is None:
+                raise CheckpointError(
+                    f"{self.path}: {change.tensor} is changed by {change.what} of rank {change.rank}, but only an A and a B beside a "
+                    "linear projection can stay apart (no DoRA, no embeddings, no head that brings its base weight). Build with --merge."
+                )
+        kept = [Detour(c.tensor, c.what, c.rank, c.scale, *c.factors) for c in self.changes if c.factors is not None]
+        return dataclasses.replace(self, changes=tuple(c for c in self.changes if c.factors is None), detours=tuple(kept))
 
     def changed(self, change: WeightChange, weight: npt.NDArray[Any]) -> Doubles:
         """W' of a change in fp64, from W as the base model's file has it."""

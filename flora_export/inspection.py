@@ -52,9 +52,11 @@ class Inspection:
                 f"  {count:>4} branches beside blocks  {name:<20}  rank {rank:<4}  scale {scale:g}: fused into the block's projections"
             )
         kinds = Counter((f"{c.what}, {_last(c.tensor)}", c.rank, c.scale) for c in self.changes)
+        kept = {f"{c.what}, {_last(c.tensor)}" for c in self.changes if c.factors is not None}
         for (name, rank, scale), count in kinds.items():
             told = f"rank {rank:<4}  scale {scale:g}" if rank else ""
-            lines.append(f"  {count:>4} weights changed  {name:<24}  {told}: merged, at the base model's own cost".rstrip())
+            apart = ", or beside them with --no-merge" if name in kept else ""
+            lines.append(f"  {count:>4} weights changed  {name:<24}  {told}: merged, at the base model's own cost{apart}".rstrip())
         return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from flora_export.errors import ArtifactError
 from flora_export.manifest import BlockRecord, ChangeRecord, LedgerEntry
 from flora_export.passes import MERGES_SIBLINGS, Fused
 from flora_export.passes.attach import weight_name
+from flora_export.passes.attach_detours import detour_weight
 from flora_export.weights import Array, dims_of, parts_of
 
 Progress = Callable[[int, int], None]  # (done, of)
@@ -103,6 +104,12 @@ def block_records(fused: Fused) -> list[BlockRecord]:
         if backward and not forward and fused.fuse == "both":
             reason = MERGES_SIBLINGS[fused.capture.form]
         records.append(BlockRecord(b.block, b.activation, b.rank, b.scale, fusion, reason, list(b.reads), list(b.writes)))
+    for d in fused.detours:
+        forward = detour_weight(d.host, "A") not in model.graph.initializers
+        reason = "B: it needs A's result"
+        if not forward:
+            reason = MERGES_SIBLINGS[fused.capture.form] if fused.fuse == "both" else f"--fuse {fused.fuse}"
+        records.append(BlockRecord(d.module, "identity", d.rank, d.scale, "forward" if forward else "none", reason, [d.host], [d.host]))
     return records
 
 

@@ -33,7 +33,10 @@ class LedgerEntry:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both."""
+    """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both.
+
+    Of an A and a B beside one projection, `block` is the projection, which is its own host on both sides.
+    """
 
     block: str
     activation: str
@@ -90,6 +93,7 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # sha256, bytes
     changes: list[ChangeRecord] = field(default_factory=list)  # of the base's weights; written where there are any
     quantization: Quantization | None = None  # written where weights are quantized
+    merge: bool = True  # whether low-rank changes are in the base's weights, not beside them; written where they are beside
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -102,6 +106,8 @@ class Manifest:
         for name in ("changes", "quantization"):
             if not content[name]:
                 del content[name]
+        if self.merge:
+            del content["merge"]
         for entry in content["ledger"]:
             if not entry["form"]:
                 del entry["form"]

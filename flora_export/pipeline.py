@@ -31,6 +31,7 @@ class BuildOptions:
     verify: bool = True
     allow_vacuous: bool = False
     force: bool = False
+    merge: bool = True  # low-rank changes into the base's weights; else they stay beside them
     align: int | None = None  # None: the backend's own
     max_quantization_loss: float | None = None  # nats per token; None: whatever it costs
     settings: Any = None  # the backend's own options, as its `options` makes them; None: their defaults
@@ -46,7 +47,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
     """
     with staged(output, force=options.force) as directory:
         progress("reading the checkpoint", 0, 1)
-        base, checkpoint = load_sources(ckpt, base_name)
+        base, checkpoint = load_sources(ckpt, base_name, merge=options.merge)
         backend, golden = load_backend(options.backend), golden_prompts(base)
         plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
         progress("capturing the base model", 0, 1)
@@ -93,7 +94,7 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
     if ckpt is None:
         progress("checking the ledger", 0, 1)
         return replayed(artifact, check_ledger(artifact), progress)
-    base, checkpoint = load_sources(ckpt, base_name)
+    base, checkpoint = load_sources(ckpt, base_name, merge=artifact.manifest.merge)
     progress("checking the ledger", 0, 1)
     ledger = check_ledger(artifact, checkpoint, base)
     try:
@@ -109,7 +110,7 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
     return report
 
 
-def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) -> Explanation:
+def explain(path: Path, base_name: str | None, fuse: str, progress: Progress, *, merge: bool = True) -> Explanation:
     """The ledger of an artifact, checked; or, for a checkpoint, the plan: what a build for the CPU would do with each branch.
 
     Raises:
@@ -121,7 +122,7 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress) ->
         manifest, report = artifact.manifest, check_ledger(artifact)
         details, lines = backend_of(artifact).explain(artifact)
         return Explanation(manifest.blocks, manifest.changes, manifest.operators, manifest.ledger, report, manifest.align, details, lines)
-    base, checkpoint = load_sources(path, base_name)
+    base, checkpoint = load_sources(path, base_name, merge=merge)
     progress("capturing the base model", 0, 1)
     fused = fuse_adapter(capture(base, "cpu", "fp32"), base, checkpoint, fuse)
     operators = {"before": fused.operators_before, "after": operator_counts(fused.model)}

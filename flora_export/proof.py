@@ -5,6 +5,7 @@ With the checkpoint and the base model at hand the bytes are derived anew from t
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from flora_export.errors import ArtifactError
 from flora_export.ledger import change_records, load_graph, sha256_of
 from flora_export.manifest import LedgerEntry
 from flora_export.passes.attach import adapter_reader
+from flora_export.passes.attach_detours import detour_reader
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import packed_values
 from flora_export.provenance import read_name
@@ -68,6 +70,7 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
     if base is not None:
         _check_base(artifact, base, initializers, report)
     if checkpoint is not None and base is not None:
+        _check_detours(artifact, checkpoint, base, initializers, report)
         _check_changes(artifact, checkpoint, base, initializers, report)
     quantization = artifact.manifest.quantization
     if quantization is not None and report.faults and base is not None and quantizer_version() != quantization.version:
@@ -191,6 +194,39 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
                         if matrix == "B"
                         else f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds"
                     )
+
+
+def _check_detours(
+    artifact: Artifact, checkpoint: Checkpoint, base: BaseModel, initializers: dict[str, ir.TensorProtocol], report: LedgerReport
+) -> None:
+    """Derive A and B beside each projection anew, B with zeros beside the columns of its own projection, and look for both."""
+    entries = {entry.tensor: entry for entry in artifact.manifest.ledger if entry.origin == "adapter"}
+    for detour in checkpoint.detours:
+        for matrix, name in (("A", detour.a), ("B", detour.b)):
+            entry = entries.get(name)
+            if entry is None:
+                report.faults.append(f"{name}: in the checkpoint, but not in the ledger")
+                continue
+            if entry.initializer not in initializers:
+                continue  # reported already
+            tensor = initializers[entry.initializer]
+            offset = _first_column(detour.tensor, entry.initializer.partition(".")[2], base) if matrix == "B" else 0
+            placed = dataclasses.replace(detour, offset=offset, columns=base.shapes[detour.tensor][0])
+            outputs = list(tensor.shape.numpy())[-1]
+            if placed.offset + placed.columns > outputs and matrix == "B":
+                report.faults.append(f"{name}: stands beside {entry.initializer.partition('.')[2]}, which does not hold {detour.tensor}")
+            elif sha256_of(detour_reader(checkpoint, placed, matrix, tensor.dtype, outputs)()) != entry.sha256:
+                report.faults.append(f"{name}: the checkpoint's {matrix} is not what the artifact holds")
+
+
+def _first_column(tensor: str, host: str, base: BaseModel) -> int:
+    """Where a tensor of the base begins in a weight that packs several, by its name; 0 in one that has a name of its own."""
+    offset = 0
+    for packed in read_name(host).tensors:
+        if packed == tensor or packed not in base.shapes:
+            break
+        offset += base.shapes[packed][0]
+    return offset
 
 
 def _check_base(artifact: Artifact, base: BaseModel, initializers: dict[str, ir.TensorProtocol], report: LedgerReport) -> None:

@@ -35,10 +35,13 @@ def _block_output(value: ir.Value) -> ir.Value:
     """What the block returns: its last projection's product, after its bias and what an unfused adapter adds."""
     while True:
         users = [node for node, _ in value.uses()]
+        if len(users) == 1 and (users[0].name or "").endswith(".detour_split"):
+            value = users[0].outputs[0]
+            continue
         if len(users) != 1 or users[0].op_type != "Add":
             return value
         (other,) = [v for v in users[0].inputs if v is not value] or [value]
-        adapter = (users[0].name or "").endswith(".ffba_add")
+        adapter = (users[0].name or "").endswith((".ffba_add", ".detour_add"))
         if not adapter and not (other is not None and other.is_initializer()):
             return value  # the residual: no longer the block
         value = users[0].outputs[0]

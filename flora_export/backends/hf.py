@@ -26,7 +26,7 @@ from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.base_model import GENERATION, BaseModel, read_json
 from flora_export.branch import Branch
-from flora_export.errors import BackendError
+from flora_export.errors import BackendError, FusionError
 from flora_export.ledger import block_records, sha256_of
 from flora_export.manifest import LedgerEntry, Manifest, Tensor
 from flora_export.passes import Fused
@@ -74,6 +74,11 @@ def write(fused: Fused, directory: Path, target: str, progress: Progress) -> Man
     Raises:
         FusionError: the adapter, or the base model, cannot be written as a plain checkpoint; the message says why and what to do.
     """
+    if fused.detours:
+        raise FusionError(
+            f"{fused.detours[0].tensor}: a plain Hugging Face checkpoint has no place for an A and a B beside a weight. "
+            "Build with --merge, or serve the adapter itself with PEFT."
+        )
     neurons, recipes = None, changed(fused)
     if fused.branches:
         neurons = check_neurons(fused)

@@ -51,6 +51,7 @@ def describe(
         ledger=ledger,
         changes=change_records(checkpoint),
         quantization=fused.quantization,
+        merge=not checkpoint.detours,
     )
 
 

@@ -12,7 +12,10 @@ from flora_export.cli.common import DIRECTORY, base_option, json_option, print_j
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @base_option
-@click.option("--arms", help="What to time: eager, base, unfused, forward, backward, fused (OUT itself), lora, lora-budget.")
+@click.option(
+    "--arms",
+    help="What to time: eager, base, unfused, forward, backward, fused (OUT itself), lora, lora-budget, lora-forward, lora-merged.",
+)
 @click.option("--prompt-tokens", default="128", show_default=True, metavar="N,...", help="Prompt lengths to take the TTFT of.")
 @click.option("--past-tokens", default="128", show_default=True, metavar="N,...", help="Past lengths to take the TPOT at.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Length of the whole generation.")

@@ -13,6 +13,7 @@ from flora_export.cli.common import (
     base_option,
     json_option,
     let_threads_sleep,
+    merge_option,
     print_json,
     progress,
     run_command,
@@ -34,6 +35,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
 @vacuous_option
+@merge_option
 @click.option("--align", type=click.IntRange(min=1), metavar="N", help="Pad ranks with zeros to a multiple of N; else as the target likes.")
 @quantization_options
 @loss_option
@@ -53,6 +55,7 @@ def build(
     fuse: str,
     verify: bool,
     allow_vacuous: bool,
+    merge: bool,
     align: int | None,
     max_quantization_loss: float | None,
     force: bool,
@@ -67,7 +70,7 @@ def build(
 
         own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
         options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, align, max_quantization_loss, settings=own
+            backend, target, precision, fuse, verify, allow_vacuous, force, align, max_quantization_loss, merge=merge, settings=own
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish

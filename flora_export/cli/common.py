@@ -21,6 +21,9 @@ base_option = click.option("--base", metavar="DIR", help="Base model: a director
 vacuous_option = click.option(
     "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
 )
+merge_option = click.option(
+    "--merge/--no-merge", default=True, show_default=True, help="Merge LoRA into the base's weights, or keep its A and B beside them."
+)
 
 
 def let_threads_sleep() -> None:

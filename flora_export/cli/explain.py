@@ -7,16 +7,17 @@ from pathlib import Path
 import click
 
 from flora_export.branch import FUSE_LEVELS
-from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command
+from flora_export.cli.common import DIRECTORY, base_option, json_option, merge_option, print_json, progress, run_command
 
 
 @click.command()
 @click.argument("ckpt_or_out", type=DIRECTORY)
 @base_option
 @click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="Of a checkpoint: the level to plan for.")
+@merge_option
 @click.option("--lint", is_flag=True, help="Name what TensorRT would refuse, drop or get wrong in the graph, instead; exit code 1 if any.")
 @json_option
-def explain(ckpt_or_out: Path, base: str | None, fuse: str, lint: bool, as_json: bool) -> None:
+def explain(ckpt_or_out: Path, base: str | None, fuse: str, merge: bool, lint: bool, as_json: bool) -> None:
     """Show where each adapter tensor is: the ledger of an artifact, checked bit for bit, or the plan for a checkpoint."""
 
     def run() -> int:
@@ -29,7 +30,7 @@ def explain(ckpt_or_out: Path, base: str | None, fuse: str, lint: bool, as_json:
             else:
                 click.echo("\n".join(found) or "TensorRT takes this graph: nothing in it is refused, dropped or read another way")
             return 1 if found else 0
-        explained = pipeline.explain(ckpt_or_out, base, fuse, progress())
+        explained = pipeline.explain(ckpt_or_out, base, fuse, progress(), merge=merge)
         if as_json:
             print_json(explained.to_dict())
         else:

@@ -44,20 +44,24 @@ class Method(Protocol):
         """
 
 
-def load_sources(ckpt: Path, base_name: str | None) -> tuple[BaseModel, Checkpoint]:
-    """The adapter and its base model, both checked. Without `base_name` it is the one that the adapter names. Raises CheckpointError."""
+def load_sources(ckpt: Path, base_name: str | None, *, merge: bool = True) -> tuple[BaseModel, Checkpoint]:
+    """The adapter and its base model, both checked. Without `base_name` it is the one that the adapter names.
+
+    `merge` and errors are those of `load_checkpoint`.
+    """
     name = base_name or read_config(ckpt).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
     base = load_base(name)
-    return base, load_checkpoint(ckpt, base)
+    return base, load_checkpoint(ckpt, base, merge=merge)
 
 
-def load_checkpoint(path: Path, base: BaseModel) -> Checkpoint:
-    """Read and check an adapter for a base model.
+def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Checkpoint:
+    """Read and check an adapter for a base model. Without `merge`, low-rank changes stay beside their projections.
 
     Raises:
-        CheckpointError: anything about it is missing, unknown, of the wrong shape or not finite; the message says what and where.
+        CheckpointError: anything about it is missing, unknown, of the wrong shape or not finite, or cannot stay
+            beside; the message says what and where.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such adapter directory")
@@ -71,7 +75,9 @@ def load_checkpoint(path: Path, base: BaseModel) -> Checkpoint:
                 check_finite(weights, key, file.get_tensor(key))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights}: cannot be read ({error}). Copy or save it again.") from error
-    return Checkpoint(path, config, promise.branches, {name: file_sha256(path / name) for name in (CONFIG, WEIGHTS)}, promise.changes)
+    digests = {name: file_sha256(path / name) for name in (CONFIG, WEIGHTS)}
+    checkpoint = Checkpoint(path, config, promise.branches, digests, promise.changes)
+    return checkpoint if merge else checkpoint.unmerged()
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -190,7 +190,9 @@ def _of_module(
     if f"{at}base_layer.weight" in found:  # PEFT saves an embedding or a head that has a LoRA beside it, and would take that for the base's
         tensors[f"{at}base_layer.weight"] = (f"{module}, the base's own", (outputs, inputs))
         derive = partial(_beside_itself, module, derive)
-    changes = [WeightChange(weight, what, tuple(tensors), derive, rank, scale)]
+    factors = (f"{at}lora_A.weight", f"{at}lora_B.weight")
+    beside = factors if tuple(tensors) == factors else None
+    changes = [WeightChange(weight, what, tuple(tensors), derive, rank, scale, factors=beside)]
     if config["lora_bias"] and not is_embedding(module):
         bias = f"{module}.bias"
         if bias not in shapes:

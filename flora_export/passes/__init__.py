@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from flora_export.base_model import BaseModel
-from flora_export.branch import Branch
+from flora_export.branch import Branch, Detour
 from flora_export.capture import Capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
+from flora_export.passes.attach_detours import AttachDetours, place_detours
 from flora_export.passes.change_weights import ChangeWeights
 from flora_export.passes.choose_rotary import ChooseRotary
 from flora_export.passes.fold_neurons import FoldNeurons
@@ -28,6 +29,9 @@ from flora_export.weights import dims_of
 
 # Forms whose compiler makes one GEMM of projections that read the same x: there, forward fusion would add a slice and bring nothing.
 MERGES_SIBLINGS = {"tensorrt": "A: TensorRT itself merges it into its hosts"}
+
+# The passes that bring the adapter into the graph; they come before those that fuse it.
+ENTERING = (ChangeWeights, Attach, AttachDetours)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Fused:
     @property
     def precision(self) -> str:
         return self.capture.precision if self.quantization is None else self.quantization.precision
+
+    detours: tuple[Detour, ...] = ()  # with their hosts
 
     @property
     def model(self) -> ir.Model:
@@ -86,10 +92,15 @@ def fuse_adapter(
     if quantization is not None and not quantization.fusable:
         fuse = "none"
     branches = place_branches(capture.model, checkpoint, base, align, fuse, quantization)
-    passes = passes_for(fuse, branches, checkpoint, capture.form, base, quantization)
+    detours = place_detours(capture.model, checkpoint, base)
+    if detours and quantization is not None and quantization.adapter_bits:
+        raise FusionError(
+            f"{detours[0].tensor}: a LoRA beside a quantized weight keeps its precision. Pass --adapter-precision keep, or --merge."
+        )
+    passes = passes_for(fuse, branches, checkpoint, capture.form, base, quantization, detours, align)
     run_passes(capture.model, passes)
     names = tuple(type(pass_).__name__ for pass_ in lowered + passes)
-    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, names, before, quantization)
+    return Fused(capture, base, checkpoint, branches, fuse, align, cache_tokens, names, before, quantization, detours)
 
 
 def place_branches(
@@ -116,6 +127,8 @@ def passes_for(
     form: str = "cpu",
     base: BaseModel | None = None,
     quantization: Quantization | None = None,
+    detours: Sequence[Detour] = (),
+    align: int = 1,
 ) -> list[ir.passes.InPlacePass]:
     """The passes of a fusion level, in order, for a form of the capture. A checkpoint that changes weights needs the base model."""
     order: list[ir.passes.InPlacePass] = []
@@ -124,13 +137,15 @@ def passes_for(
         order.append(ChangeWeights(checkpoint, base))  # before what widens weights: it knows them as the capture has made them
     if branches:
         order.append(Attach(branches, checkpoint))  # it makes what the others fuse
-        if fuse == "both":
-            order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
-        merges = form in MERGES_SIBLINGS and quantization is None  # integers it leaves apart
-        if fuse == "forward" or (fuse == "both" and not merges):
-            order.append(FuseForward(branches))
-        if fuse in ("backward", "both"):
-            order.append(FuseBackward(branches))
+    if detours:
+        order.append(AttachDetours(detours, checkpoint, align))
+    if branches and fuse == "both":
+        order.append(FoldNeurons(branches))  # before the next two, which would spend a Split and a Concat on the same branches
+    merges = form in MERGES_SIBLINGS and quantization is None  # integers it leaves apart
+    if (branches or detours) and (fuse == "forward" or (fuse == "both" and not merges)):
+        order.append(FuseForward(branches, detours))
+    if branches and fuse in ("backward", "both"):
+        order.append(FuseBackward(branches))
     if quantization is not None:
         order.append(Quantize(quantization, base.packed if base is not None else None))  # the others know floating-point weights alone
     return order

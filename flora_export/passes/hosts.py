@@ -53,8 +53,8 @@ class Neurons:
     product: ir.Node | None
 
 
-def find_hosts(model: ir.Model, branches: Sequence[Branch], width: int) -> tuple[Branch, ...]:
-    """Name the hosts of each branch.
+def find_hosts(model: ir.Model, branches: Sequence[Branch], width: int | None) -> tuple[Branch, ...]:
+    """Name the hosts of each branch. `width` None: they may be widened already.
 
     Raises:
         FusionError: a block has no such hosts in this graph, or more than one candidate; the message names the block.
@@ -63,7 +63,7 @@ def find_hosts(model: ir.Model, branches: Sequence[Branch], width: int) -> tuple
     return tuple(_find_one(branch, matmuls, width) for branch in branches)
 
 
-def _find_one(branch: Branch, matmuls: Sequence[ir.Node], width: int) -> Branch:
+def _find_one(branch: Branch, matmuls: Sequence[ir.Node], width: int | None) -> Branch:
     inside = [node for node in matmuls if _name(_weight(node)).startswith(branch.block + ".")]
     if not inside:
         raise FusionError(f"{branch.block}: the captured graph has no projection of that name; is it another layout of layers?")
@@ -78,7 +78,7 @@ def _find_one(branch: Branch, matmuls: Sequence[ir.Node], width: int) -> Branch:
             "Blocks with experts or several outputs are not supported."
         )
     for node, axis in ((readers[0], 0), (writers[0], 1)):
-        if (shape := _shape(node))[axis] != width:
+        if width is not None and (shape := _shape(node))[axis] != width:
             raise FusionError(f"{_name(_weight(node))} is {shape} in the graph, but axis {axis} should be the model's width {width}")
     return replace(branch, reads=tuple(_name(_weight(node)) for node in readers), writes=(_name(_weight(writers[0])),))
 

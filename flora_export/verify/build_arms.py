@@ -22,13 +22,14 @@ from flora_export.ledger import write_model
 from flora_export.manifest import ChangeRecord, Manifest
 from flora_export.methods import load_checkpoint
 from flora_export.passes import fuse_adapter, lowering, run_passes
-from flora_export.passes.attach_lora import AttachLora, lora_hosts, lora_parameters
 from flora_export.passes.quantize import Quantize
 from flora_export.verify.latency import BASE
 
 EAGER, FUSED, LORA, LORA_BUDGET = "eager", "fused", "lora", "lora-budget"
 FUSE_LEVELS = {"unfused": "none", "forward": "forward", "backward": "backward"}
-ARMS = (EAGER, BASE, *FUSE_LEVELS, FUSED, LORA, LORA_BUDGET)
+# LoRA on all linear projections: whether it is merged, and how far it is fused where it is not.
+LORA_LEVELS = {LORA: (False, "none"), LORA_BUDGET: (False, "none"), "lora-forward": (False, "both"), "lora-merged": (True, "both")}
+ARMS = (EAGER, BASE, *FUSE_LEVELS, FUSED, *LORA_LEVELS)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,27 @@ def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> C
     return load_checkpoint(directory, base)
 
 
+def random_lora(base: BaseModel, rank: int, directory: Path, *, merge: bool = False) -> Checkpoint:
+    """A LoRA of random numbers on all linear projections, as PEFT would write it, read as any other."""
+    directory.mkdir()
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+    (directory / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    shapes = {name.removesuffix(".weight"): shape for name, shape in base.shapes.items() if ".layers." in name and len(shape) == 2}
+    tensors = {}
+    for module, (outputs, inputs) in shapes.items():
+        for matrix, dims in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            numbers = rng.standard_normal(dims, np.float32) * np.float32(0.02)
+            tensors[f"base_model.model.{module}.lora_{matrix}.weight"] = numbers
+    save_file(tensors, directory / WEIGHTS)
+    return load_checkpoint(directory, base, merge=merge)
+
+
+def lora_parameters(base: BaseModel, rank: int) -> int:
+    """Trainable numbers of a LoRA on all linear projections."""
+    return rank * sum(sum(shape) for name, shape in base.shapes.items() if ".layers." in name and len(shape) == 2)
+
+
 def _trained(change: ChangeRecord, shape: tuple[int, ...]) -> int:
     """Trainable numbers behind a changed weight: A and B, and a number for each row for what stands beside them; or all of it."""
     return change.rank * sum(shape) + (len(change.sources) - 2) * shape[0] if change.rank else math.prod(shape)
@@ -75,6 +97,8 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
     """
     branches = checkpoint.branches if checkpoint is not None else ()
     adapter = sum(int(np.prod(b.shape(m, base.width))) for b in branches for m in b.matrices)
+    if not out.manifest.merge:
+        adapter += sum(block.rank * sum(base.shapes[f"{block.block}.weight"]) for block in out.manifest.blocks)
     adapter += sum(_trained(change, base.shapes[change.tensor]) for change in out.manifest.changes)
     if arm in (EAGER, FUSED):
         return Built(out if arm == FUSED else None, adapter)
@@ -82,23 +106,21 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
     captured = capture(base, backend_of(out).form(manifest.target), manifest.compute)
     quantization = manifest.quantization
     parameters, rank = 0, None
-    if arm not in FUSE_LEVELS:
-        run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
-    if arm in FUSE_LEVELS:
-        assert checkpoint is not None
-        level, cache = FUSE_LEVELS[arm], manifest.cache_tokens
-        fuse_adapter(captured, base, checkpoint, level, align=manifest.align, cache_tokens=cache, quantization=quantization)
-        parameters = adapter
-    elif arm != BASE:
-        hosts = lora_hosts(captured.model, base, branches[0].block.rsplit(".", 2)[0])
-        same = statistics.mode(branch.rank for branch in branches)
-        rank = same if arm == LORA else max(1, round(adapter / lora_parameters(hosts, 1)))
-        parameters = lora_parameters(hosts, rank)
-        run_passes(captured.model, [AttachLora(hosts, rank)])
-    if quantization is not None and arm not in FUSE_LEVELS:
-        run_passes(
-            captured.model, [Quantize(dataclasses.replace(quantization, adapter_bits=0), base.packed)]
-        )  # what stands beside keeps its precision
     directory.mkdir()
+    if arm == BASE:
+        run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
+        if quantization is not None:
+            run_passes(captured.model, [Quantize(quantization, base.packed)])
+    else:
+        assert checkpoint is not None
+        level, parameters = FUSE_LEVELS.get(arm, ""), adapter
+        if arm in LORA_LEVELS:
+            merge, level = LORA_LEVELS[arm]
+            rank = max(1, round(adapter / lora_parameters(base, 1))) if arm == LORA_BUDGET else statistics.mode(b.rank for b in branches)
+            parameters = lora_parameters(base, rank)
+            checkpoint = random_lora(base, rank, directory / "adapter", merge=merge)
+            quantization = dataclasses.replace(quantization, adapter_bits=0) if quantization is not None else None  # it keeps its precision
+        cache = manifest.cache_tokens
+        fuse_adapter(captured, base, checkpoint, level, align=manifest.align, cache_tokens=cache, quantization=quantization)
     write_model(captured.model, directory)
     return Built(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[])), parameters, rank)

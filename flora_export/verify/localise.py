@@ -27,7 +27,8 @@ from flora_export.capture import capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.ledger import load_graph, write_model
-from flora_export.passes import lowering, passes_for, place_branches, run_passes
+from flora_export.passes import ENTERING, lowering, passes_for, place_branches, run_passes
+from flora_export.passes.attach_detours import place_detours
 from flora_export.passes.hosts import find_hosts
 from flora_export.verify.numerics import TOLERANCES
 
@@ -69,7 +70,7 @@ def localise(
 
     `quantized` is the truth of what is quantized: of the last stages of a quantized artifact.
     """
-    blocks = [branch.block for branch in observed(artifact, checkpoint, base)]
+    blocks = [branch.block for branch in observed(artifact, checkpoint)]
     for stage, adapter, directory, branches in _stages(artifact, base, checkpoint):
         progress(f"looking into the {stage}", 0, 1)
         late = quantized if quantized is not None and stage in (QUANTIZED, WRITTEN) else truth
@@ -84,38 +85,42 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
     """(stage, whether the adapter is in it, directory of its model, branches with hosts), one after the other."""
     manifest = artifact.manifest
     backend = backend_of(artifact)
-    written = observed(artifact, checkpoint, base)
+    written = observed(artifact, checkpoint)
     if not backend.runs_graph:  # the file is the one stage
         yield WRITTEN, True, artifact.path, written
         return
     captured = capture(base, backend.form(manifest.target), manifest.compute)
     run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
     branches = place_branches(captured.model, checkpoint, base, manifest.align, manifest.fuse, manifest.quantization)
-    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, base, manifest.quantization)
-    looked_at = branches or hosts_of_changes(captured.model, checkpoint, base)
+    detours = place_detours(captured.model, checkpoint, base)
+    passes = passes_for(manifest.fuse, branches, checkpoint, captured.form, base, manifest.quantization, detours, manifest.align)
+    looked_at = branches or hosts_of_changes(captured.model, checkpoint)
+    entering = sum(isinstance(pass_, ENTERING) for pass_ in passes)
     for index in range(len(passes) + 1):
         if index:
             run_passes(captured.model, passes[index - 1 : index])
+        if 0 < index < entering:  # some of the adapter is in, and eager has nothing like it
+            continue
         with tempfile.TemporaryDirectory() as name:
             write_model(captured.model, Path(name))
             yield (f"graph after {type(passes[index - 1]).__name__}" if index else "base graph"), index > 0, Path(name), looked_at
     yield WRITTEN, True, artifact.path, written
 
 
-def observed(artifact: Artifact, checkpoint: Checkpoint, base: BaseModel) -> tuple[Branch, ...]:
+def observed(artifact: Artifact, checkpoint: Checkpoint) -> tuple[Branch, ...]:
     """The blocks of an artifact that are compared with eager's: those with a branch, or else those in which a weight is changed."""
     hosts = {record.block: tuple(record.writes) for record in artifact.manifest.blocks}
     branches = tuple(replace(b, writes=hosts[b.block]) for b in checkpoint.branches if b.block in hosts)
-    if branches or not checkpoint.changes:
+    if branches or not (checkpoint.changes or checkpoint.detours):
         return branches
-    return hosts_of_changes(None if artifact.is_checkpoint else load_graph(artifact), checkpoint, base)
+    return hosts_of_changes(None if artifact.is_checkpoint else load_graph(artifact), checkpoint)
 
 
-def hosts_of_changes(model: ir.Model | None, checkpoint: Checkpoint, base: BaseModel) -> tuple[Branch, ...]:
-    """A stand-in for each block in which a weight is changed, in the order of layers, with its hosts where there is a graph."""
+def hosts_of_changes(model: ir.Model | None, checkpoint: Checkpoint) -> tuple[Branch, ...]:
+    """A stand-in for each block that has a changed weight or a detour, in the order of layers, with its hosts where there is a graph."""
     layers = {}
-    for change in checkpoint.changes:
-        match = _BLOCK.match(change.tensor)
+    for tensor in (*(change.tensor for change in checkpoint.changes), *(detour.tensor for detour in checkpoint.detours)):
+        match = _BLOCK.match(tensor)
         if match is not None:
             layers[match["block"]] = (int(match["layer"]), list(BLOCK_KINDS).index(match["name"]))
     stand_ins = [
@@ -126,7 +131,7 @@ def hosts_of_changes(model: ir.Model | None, checkpoint: Checkpoint, base: BaseM
     found: list[Branch] = []
     for branch in stand_ins:
         with contextlib.suppress(FusionError):  # a layout that has no last projection of its own
-            found += find_hosts(model, [branch], base.width)
+            found += find_hosts(model, [branch], None)
     return tuple(found)
 
 

@@ -64,7 +64,7 @@ def verify_numerics(
     progress("measuring the noise floor", 0, 1)
     runs = [*((item, None) for item in expected), near_limit]
     ask_eager(eager, runs)
-    branches = observed(artifact, checkpoint, base)
+    branches = observed(artifact, checkpoint)
     names = [branch.block for branch in branches]
     blocks = block_errors(artifact, branches, eager.block_outputs(prompts[0], names, adapter=True), prompts[0])
     price, rounded = None, []

@@ -31,7 +31,7 @@ def engine_lines(engine: dict[str, Any], gemms: list[dict[str, Any]]) -> list[st
 
 def _gemm_row(gemm: dict[str, Any]) -> tuple[str, str, str]:
     """(block and hosts, shape, adapters) of a GEMM, the same for all layers that are built alike."""
-    block = re.sub(r"\.\d+\.", ".*.", gemm["adapters"][0].rpartition(".ffba_")[0].removeprefix("base_model.model."))
-    hosts = sorted(short(weight) for weight in gemm["weights"] if ".ffba_" not in weight)
+    block = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.(ffba|lora)_\w+(\.weight)?$", "", gemm["adapters"][0]).removeprefix("base_model.model."))
+    hosts = sorted(short(weight) for weight in gemm["weights"] if ".ffba_" not in weight and not weight.startswith("detour_"))
     adapters = sorted(adapter.removesuffix(".weight").rpartition(".")[2] for adapter in gemm["adapters"])
     return f"{block}: {' + '.join(hosts) or 'none'}", f"[{gemm['rows']}, {gemm['columns']}]", ", ".join(adapters)
