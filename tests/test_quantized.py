@@ -335,3 +335,14 @@ def test_what_is_not_for_quantization_is_refused(base: Path, adapter: Path, base
     with pytest.raises(FloraExportError, match=r"its 80 inputs are no whole number of blocks of 32.*--head-precision keep"):
         build(narrow, str(gemma), tmp_path / "out", options(check=False), silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_beside_a_quantized_base_keeps_its_precision(base: Path, tmp_path: Path) -> None:
+    lora = make_lora(base, tmp_path / "lora")
+    kept = dataclasses.replace(options(adapter_precision="keep"), merge=False)
+    artifact, report = build(lora, str(base), tmp_path / "out", kept, silent)
+    assert report.verified and report.price is not None and report.price.adapter_loss is None
+    assert {entry.form for entry in artifact.manifest.ledger if entry.origin == "adapter"} == {""}
+    assert artifact.manifest.operators["after"]["MatMulNBits"] > 0
+    with pytest.raises(FloraExportError, match=r"keeps its precision\. Pass --adapter-precision keep, or --merge"):
+        build(lora, str(base), tmp_path / "no", dataclasses.replace(options(), merge=False), silent)

@@ -70,7 +70,7 @@ def build(
 
         own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
         options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, align, max_quantization_loss, merge=merge, settings=own
+            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, settings=own
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish

@@ -63,10 +63,13 @@ class QuantizedReference(Reference):
         own = {
             tensor: (branch, matrix) for branch in checkpoint.branches for matrix in branch.matrices for tensor in [branch.tensor(matrix)]
         }
+        beside = set(checkpoint.tensors) - {source for change in checkpoint.changes for source in change.sources}
         self._adapter: Tensors = {}  # A, B and G before they were quantized
         for name, parameter in names.items():
             tensor = name.replace(".default.", ".")
             values = parameter.detach().numpy()
+            if tensor in beside and tensor not in own:
+                continue  # it keeps its precision
             if tensor in own:
                 branch, matrix = own[tensor]
                 self._adapter[name] = parameter.detach().clone()
