@@ -38,6 +38,8 @@ class Reference:
         try:
             with quiet():
                 model = load_eager(base)
+                # PEFT writes trained biases over the base's own, and does not take them back where the adapter is disabled.
+                self._biases = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")]
                 beside = beside_layers(model, checkpoint)
                 # one or the other: a FormulaModel has of a PeftModel what is used of it
                 self.model = cast("peft.PeftModel", beside or peft.PeftModel.from_pretrained(model, str(checkpoint))).eval()
@@ -98,7 +100,19 @@ class Reference:
 
     def _silenced(self, silent: bool) -> contextlib.AbstractContextManager[None]:
         """The model with its adapter, or without."""
-        return self.model.disable_adapter() if silent else contextlib.nullcontext()
+        return self._without_adapter() if silent else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        trained = [parameter.data for parameter, _ in self._biases]
+        with self.model.disable_adapter():
+            for parameter, own in self._biases:
+                parameter.data = own.to(parameter.dtype)
+            try:
+                yield
+            finally:
+                for (parameter, _), data in zip(self._biases, trained, strict=True):
+                    parameter.data = data
 
     @torch.no_grad()
     def block_outputs(self, tokens: Sequence[int], blocks: Sequence[str], *, adapter: bool) -> dict[str, npt.NDArray[np.float32]]:

@@ -77,7 +77,11 @@ def make_lora(base: Path, directory: Path, seed: int = 1, **config: Any) -> Path
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**(defaults | config)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "lora_embedding" in name:
+            if name.endswith("bias") and parameter.requires_grad and "lora_" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+            elif "trainable_tokens_delta" in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+            elif "lora_B" in name or "lora_embedding" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))

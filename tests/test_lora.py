@@ -67,6 +67,7 @@ def test_every_family_equals_eager(family: str, dora: bool, bases: Callable[[str
     assert report.blocks and all(block.error <= block.allowed for block in report.blocks)
 
 
+TOKENS = list(range(3, 128, 2))  # many, so that the prompts have some
 VARIANTS: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {"target_modules": ["q_proj", "v_proj"]}, 4),
     ("llama", {"target_modules": r".*layers\.1\..*(up|gate)_proj"}, 2),
@@ -81,6 +82,11 @@ VARIANTS: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "use_dora": True}, 3),
     ("gemma3", {"modules_to_save": ["q_norm"]}, 16),
     ("llama", {"target_modules": ["v_proj"], "modules_to_save": ["mlp"]}, 8),
+    ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}, 6),
+    ("qwen2", {"target_modules": ["q_proj", "o_proj"], "bias": "all"}, 10),
+    ("starcoder2", {"target_modules": ["c_fc"], "bias": "all"}, 19),
+    ("llama", {"target_modules": ["v_proj"], "trainable_token_indices": TOKENS}, 3),
+    ("llama_tied", {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": TOKENS}}, 3),
 ]
 
 
@@ -150,11 +156,13 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "magic"}, "init_lora_weights is 'magic', but known are True"),
     ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication is .* share their weights"),
     ({"alora_invocation_tokens": [1, 2]}, "activated LoRA acts on some tokens"),
-    ({"trainable_token_indices": [1]}, "trainable tokens are not exported yet.*merge_and_unload"),
+    ({"trainable_token_indices": [1, 1]}, "trainable_token_indices is .*must be tokens, each once"),
+    ({"trainable_token_indices": [128]}, "has token 128, but model.embed_tokens.weight has 128 rows"),
+    ({"trainable_token_indices": {"lm_head": [1]}}, "names 'lm_head', but the base model's embeddings are model.embed_tokens"),
     ({"use_qalora": True}, "QA-LoRA"),
     ({"target_parameters": ["experts.gate_up_proj"]}, "parameters of experts"),
     ({"fan_in_fan_out": True}, "Conv1D"),
-    ({"bias": "all"}, "trained biases"),
+    ({"bias": "some"}, "bias is 'some', but must be one of none, all, lora_only"),
     ({"use_quantum_lora": {"a": 1}}, "use_quantum_lora is .*newer PEFT"),
     ({"r": 0}, "r is 0"),
     ({"lora_alpha": float("inf")}, "lora_alpha is inf"),

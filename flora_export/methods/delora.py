@@ -21,8 +21,7 @@ from flora_export.change import Doubles, WeightChange
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank, row_norms
 from flora_export.methods.linear import check_linear, check_rank, linear_modules, named, promised
-from flora_export.methods.lora import Tensors
-from flora_export.methods.reading import Header, Promise, check_ranks
+from flora_export.methods.reading import Header, Promise, Tensors, check_ranks
 
 SMALLEST_NORM = 1e-4
 

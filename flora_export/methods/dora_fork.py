@@ -19,8 +19,7 @@ from flora_export.checkpoint import CONFIG
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank, row_norms
 from flora_export.methods.linear import check_linear, check_rank, linear_modules, named, promised
-from flora_export.methods.lora import Tensors
-from flora_export.methods.reading import Header, Promise, matches, number, refuser
+from flora_export.methods.reading import Header, Promise, Tensors, matches, number, refuser
 
 _MAGNITUDES = "Wdecompose_target_modules"
 

@@ -10,8 +10,8 @@ from flora_export.base_model import BaseModel
 from flora_export.change import WeightChange
 from flora_export.checkpoint import CONFIG
 from flora_export.errors import CheckpointError
-from flora_export.methods.lora import PREFIX, SILENT, Tensors, is_embedding, refuse_tied, targeted
-from flora_export.methods.reading import Promise, check_pattern, check_selection, refuser, whole
+from flora_export.methods.lora import SILENT, is_embedding, refuse_tied, targeted
+from flora_export.methods.reading import PREFIX, Promise, Tensors, check_pattern, check_selection, refuser, whole
 
 # Keys of which modules are meant, and switches that must be off.
 _SELECTION = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}

@@ -3,7 +3,7 @@
     LoRA     W' = W + s B A                                  A: [r, in]   B: [out, r]   s = alpha / r, or alpha / sqrt(r)
     DoRA     W' = diag(m / ‖V‖) V,  V = W + s B A            m: [out],  ‖V‖ of each row
     bias     b' = b + s B.bias                               with lora_bias
-    saved    W' is in the file, whole                        modules_to_save
+    saved    W' is in the file, whole                        modules_to_save, bias, trainable_token_indices: trained_whole.py
 
 An embedding [vocabulary, d] is W' = W + s Aᵀ Bᵀ, with A: [r, vocabulary] and B: [d, r].
 """
@@ -27,8 +27,10 @@ from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank, row_norms
 from flora_export.methods.edora import with_mappings
 from flora_export.methods.reading import (
+    PREFIX,
     Header,
     Promise,
+    Tensors,
     check_pattern,
     check_ranks,
     check_selection,
@@ -38,8 +40,8 @@ from flora_export.methods.reading import (
     refuser,
     whole,
 )
+from flora_export.methods.trained_whole import check_trained, trained_whole
 
-PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 MERGE = "Merge it in PEFT with merge_and_unload(), and export that model with an adapter of another kind, or as it is."
@@ -51,7 +53,8 @@ SILENT = {
 }  # fmt: skip
 READ = {
     "alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules", "trainable_token_indices", "use_dora",
+    "use_rslora",
 }  # fmt: skip
 # What changes the result in a way that is not exported: why, and what to do.
 REFUSED = {
@@ -63,7 +66,6 @@ REFUSED = {
     "megatron_config": "Megatron's layers are not exported. Train on the model as transformers has it",
     "monteclora_config": f"MonteCLoRA is not exported. {MERGE}",
     "target_parameters": "LoRA on the parameters of experts is not exported. Train on linear layers",
-    "trainable_token_indices": f"trainable tokens are not exported yet. {MERGE}",
     "use_bdlora": f"block-diagonal LoRA is not exported. {MERGE}",
     "use_qalora": "QA-LoRA belongs to a quantized base model. Train a plain LoRA",
     "velora_config": f"VeLoRA is not exported. {MERGE}",
@@ -73,7 +75,6 @@ HARMLESS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Derive = Callable[[Doubles, Sequence[Doubles]], Doubles]
-Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name in the checkpoint -> (what it is, shape)
 
 
 def check_config(file: Path, config: dict[str, Any]) -> None:
@@ -94,8 +95,6 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
             refuse(key, "must be true or false")
     if config["fan_in_fan_out"]:
         refuse("fan_in_fan_out", f"weights that are stored [in, out] (GPT-2's Conv1D) are not exported. {MERGE}")
-    if config.setdefault("bias", "none") != "none":
-        refuse("bias", f"trained biases of the base model are not exported. {MERGE}")
     if config["lora_bias"] and config["use_dora"]:
         refuse("lora_bias", "PEFT has no DoRA with it")
     _check_start(file, config)
@@ -113,8 +112,7 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     for each in patterns:
         check_pattern(file, "layers_pattern", each, each)
     config["layers_pattern"] = patterns
-    saved = config.get("modules_to_save") or []
-    config["modules_to_save"] = [saved] if isinstance(saved, str) else saved
+    check_trained(file, config)
 
 
 def _check_start(file: Path, config: Mapping[str, Any]) -> None:
@@ -146,22 +144,19 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
         made = _of_module(path, config, module, shapes, rank, scale, found)
         changes += made[0]
         tensors |= made[1]
-    if not changes and not config["modules_to_save"]:
+    if not changes and not config["modules_to_save"] and not config["trainable_token_indices"]:
         raise CheckpointError(
             f"{path / CONFIG}: target_modules {config['target_modules']!r} selects no weight of the base model {base.name}"
         )
-    for tensor, shape in shapes.items():
-        if any(_module_of(tensor, part).endswith(name) for name in config["modules_to_save"] for part in range(tensor.count("."))):
-            if not shape:
-                raise CheckpointError(
-                    f"{path / CONFIG}: modules_to_save takes in {tensor}, a single number, which is not exported. {MERGE}"
-                )
-            source = f"{PREFIX}{tensor}"
-            changes.append(WeightChange(tensor, "saved whole", (source,), _replaced))
-            tensors[source] = (f"{tensor}, saved whole", shape)
+    adapted = {change.tensor.removesuffix(".weight") for change in changes}
+    trained = trained_whole(
+        path / CONFIG, config, base, adapted, [n[:-7] for n in shapes if n.endswith(".weight") and is_embedding(n[:-7])]
+    )
+    changes += trained[0]
+    tensors |= trained[1]
     twice = sorted(c.tensor for i, c in enumerate(changes) if any(c.tensor == other.tensor for other in changes[:i]))
     if twice:
-        raise CheckpointError(f"{path / CONFIG}: {twice[0]} is changed by LoRA and saved whole as well; only one of them can be meant")
+        raise CheckpointError(f"{path / CONFIG}: {twice[0]} is changed by LoRA and saved or trained whole as well; only one can be meant")
     changes, tensors = with_mappings(path, changes, tensors, found)
     return Promise((), tuple(changes), tensors)
 
@@ -233,17 +228,8 @@ def _bias(scale: float, bias: Doubles, sources: Sequence[Doubles]) -> Doubles:
     return bias + scale * sources[0]
 
 
-def _replaced(weight: Doubles, sources: Sequence[Doubles]) -> Doubles:
-    return sources[0]
-
-
 def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in EMBEDDINGS
-
-
-def _module_of(tensor: str, parts: int) -> str:
-    """A module that a tensor lies in: without the last 1 + `parts` parts of its name."""
-    return tensor.rsplit(".", 1 + parts)[0]
 
 
 def refuse_tied(file: Path, config: Mapping[str, Any], base: BaseModel) -> None:

@@ -18,8 +18,7 @@ from flora_export.checkpoint import CONFIG
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank
 from flora_export.methods.linear import check_linear, linear_modules, named, promised
-from flora_export.methods.lora import Tensors
-from flora_export.methods.reading import Header, Promise, number, refuser, whole
+from flora_export.methods.reading import Header, Promise, Tensors, number, refuser, whole
 
 _SILENT = {"merge_weights", "mode", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 

@@ -22,8 +22,8 @@ from flora_export.base_model import BaseModel
 from flora_export.change import Doubles, WeightChange
 from flora_export.checkpoint import CONFIG
 from flora_export.errors import CheckpointError
-from flora_export.methods.lora import PREFIX, Tensors, is_embedding
-from flora_export.methods.reading import Header, Promise, check_pattern, check_selection, refuser
+from flora_export.methods.lora import is_embedding
+from flora_export.methods.reading import PREFIX, Header, Promise, Tensors, check_pattern, check_selection, refuser
 
 if TYPE_CHECKING:
     import peft

@@ -23,6 +23,8 @@ MAX_PATTERN = 500
 MAX_REPETITIONS = 4
 MAX_WEIGHT_BYTES = 8 * 2**30
 
+PREFIX = "base_model.model."  # before the base model's own names, in PEFT's
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name in the checkpoint -> (what it is, shape)
 Header = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape)
 
 

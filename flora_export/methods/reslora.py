@@ -17,8 +17,7 @@ from flora_export.base_model import BaseModel
 from flora_export.change import Doubles, WeightChange
 from flora_export.methods.arithmetic import low_rank
 from flora_export.methods.linear import check_linear, check_rank, linear_modules, named, promised
-from flora_export.methods.lora import Tensors
-from flora_export.methods.reading import Header, Promise, number, refuser, whole
+from flora_export.methods.reading import Header, Promise, Tensors, number, refuser, whole
 
 MAX_LORAS = 1000
 
