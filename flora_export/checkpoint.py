@@ -31,6 +31,7 @@ class Checkpoint:
     digests: dict[str, str]  # SHA-256 by file name
     changes: tuple[WeightChange, ...] = ()
     detours: tuple[Detour, ...] = ()  # beside projections: changes that were not merged
+    parts: tuple[tuple[Path, float], ...] = ()  # of one that is made of several: their directories and weights
 
     @property
     def digest(self) -> str:
@@ -50,7 +51,11 @@ class Checkpoint:
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """One of its tensors by name, as fp32, in torch's layout."""
-        with safe_open(self.path / WEIGHTS, framework="numpy") as file:
+        path = self.path
+        if self.parts:
+            index, _, name = name.partition(":")
+            path = self.parts[int(index)][0]
+        with safe_open(path / WEIGHTS, framework="numpy") as file:
             values: npt.NDArray[np.float32] = file.get_tensor(name).astype(np.float32)
         return values
 
@@ -71,6 +76,9 @@ class Checkpoint:
 
     def changed(self, change: WeightChange, weight: npt.NDArray[Any]) -> Doubles:
         """W' of a change in fp64, from W as the base model's file has it."""
-        with safe_open(self.path / WEIGHTS, framework="numpy") as file:
-            sources = [file.get_tensor(name).astype(np.float64) for name in change.sources]
-        return change.derive(weight.astype(np.float64), sources)
+        return change.derive(weight.astype(np.float64), [self.tensor(name).astype(np.float64) for name in change.sources])
+
+
+def part_name(index: int, tensor: str) -> str:
+    """A tensor's name in a checkpoint that is made of several."""
+    return f"{index}:{tensor}"

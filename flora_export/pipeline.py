@@ -34,6 +34,7 @@ class BuildOptions:
     merge: bool = True  # low-rank changes into the base's weights; else they stay beside them
     align: int | None = None  # None: the backend's own
     max_quantization_loss: float | None = None  # nats per token; None: whatever it costs
+    weighted: tuple[tuple[Path, float], ...] = ()  # several LoRAs as one, the checkpoint the first of them; empty: it alone
     settings: Any = None  # the backend's own options, as its `options` makes them; None: their defaults
 
 
@@ -47,7 +48,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
     """
     with staged(output, force=options.force) as directory:
         progress("reading the checkpoint", 0, 1)
-        base, checkpoint = load_sources(ckpt, base_name, merge=options.merge)
+        base, checkpoint = load_sources(ckpt, base_name, merge=options.merge, weighted=options.weighted)
         backend, golden = load_backend(options.backend), golden_prompts(base)
         plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
         progress("capturing the base model", 0, 1)
@@ -94,7 +95,7 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
     if ckpt is None:
         progress("checking the ledger", 0, 1)
         return replayed(artifact, check_ledger(artifact), progress)
-    base, checkpoint = load_sources(ckpt, base_name, merge=artifact.manifest.merge)
+    base, checkpoint = load_sources(ckpt, base_name, merge=artifact.manifest.merge, weighted=options.weighted)
     progress("checking the ledger", 0, 1)
     ledger = check_ledger(artifact, checkpoint, base)
     try:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 import flora_export.ffba  # noqa: F401  # registers FFBA with PEFT
@@ -29,8 +30,8 @@ BATCH_BYTES = 512 * 2**20  # of fp64 logits that are computed at a time
 class Reference:
     """Eager PyTorch, loaded in fp32."""
 
-    def __init__(self, base: BaseModel, checkpoint: Path) -> None:
-        """Load both.
+    def __init__(self, base: BaseModel, checkpoint: Path, parts: Sequence[tuple[Path, float]] = ()) -> None:
+        """Load both. With `parts`, several adapters are active together, each times its weight, the first of them the checkpoint.
 
         Raises:
             CheckpointError: transformers or PEFT cannot load them; their words are quoted.
@@ -42,7 +43,10 @@ class Reference:
                 self._biases = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")]
                 beside = beside_layers(model, checkpoint)
                 # one or the other: a FormulaModel has of a PeftModel what is used of it
-                self.model = cast("peft.PeftModel", beside or peft.PeftModel.from_pretrained(model, str(checkpoint))).eval()
+                self.model = cast("peft.PeftModel", beside or peft.PeftModel.from_pretrained(model, str(checkpoint)))
+                if parts:
+                    activate_together(self.model, parts)
+                self.model.eval()
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, ImportError) as error:
             raise CheckpointError(f"eager PyTorch cannot load {checkpoint} on {base.name} ({type(error).__name__}: {error})") from error
 
@@ -139,6 +143,19 @@ class Reference:
             ids = output.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
         return tokens
+
+
+def activate_together(model: peft.PeftModel, parts: Sequence[tuple[Path, float]]) -> None:
+    """Load the other adapters beside the first, and scale each: PEFT then adds them up in every forward pass."""
+    names = ["default", *(f"part{index}" for index in range(1, len(parts)))]
+    for name, (path, _) in zip(names[1:], parts[1:], strict=True):
+        model.load_adapter(str(path), name)
+    model.base_model.set_adapter(names)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, weight) in zip(names, parts, strict=True):
+                if name in module.scaling:
+                    module.scaling[name] *= weight
 
 
 def load_eager(base: BaseModel) -> transformers.PreTrainedModel:

@@ -43,6 +43,7 @@ def describe(
             "files": checkpoint.digests,
             "config": checkpoint.config,
             "tensors": list(checkpoint.tensors),
+            **({"weights": [weight for _, weight in checkpoint.parts]} if checkpoint.parts else {}),
         },
         inputs=list(inputs),
         outputs=list(outputs),

@@ -10,6 +10,7 @@ from flora_export.backends import BACKENDS, PUBLISHED, load_backend
 from flora_export.branch import FUSE_LEVELS
 from flora_export.cli.common import (
     DIRECTORY,
+    adapter_option,
     base_option,
     json_option,
     let_threads_sleep,
@@ -18,6 +19,7 @@ from flora_export.cli.common import (
     progress,
     run_command,
     vacuous_option,
+    weighted_adapters,
 )
 from flora_export.cli.engine_options import engine_options, given_options
 from flora_export.cli.quantization_options import loss_option, quantization_options
@@ -35,6 +37,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
 @vacuous_option
+@adapter_option
 @merge_option
 @click.option("--align", type=click.IntRange(min=1), metavar="N", help="Pad ranks with zeros to a multiple of N; else as the target likes.")
 @quantization_options
@@ -55,6 +58,7 @@ def build(
     fuse: str,
     verify: bool,
     allow_vacuous: bool,
+    adapters: tuple[str, ...],
     merge: bool,
     align: int | None,
     max_quantization_loss: float | None,
@@ -69,15 +73,16 @@ def build(
         from flora_export import pipeline
 
         own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
+        first, weighted = weighted_adapters(ckpt, adapters)
         options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, settings=own
+            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, own
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish
 
-            artifact, report = build_and_publish(ckpt, base, output, options, progress())
+            artifact, report = build_and_publish(first, base, output, options, progress())
         else:
-            artifact, report = pipeline.build(ckpt, base, output, options, progress())
+            artifact, report = pipeline.build(first, base, output, options, progress())
         if as_json:
             manifest = artifact.manifest
             result = {"output": str(output), "verified": report.verified, "files": manifest.files}

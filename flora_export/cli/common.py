@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,26 @@ base_option = click.option("--base", metavar="DIR", help="Base model: a director
 vacuous_option = click.option(
     "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
 )
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="One more LoRA, added to CKPT with a weight; CKPT=WEIGHT has its own.",
+)
 merge_option = click.option(
     "--merge/--no-merge", default=True, show_default=True, help="Merge LoRA into the base's weights, or keep its A and B beside them."
 )
+
+
+def weighted_adapters(ckpt: Path, others: Sequence[str]) -> tuple[Path, tuple[tuple[Path, float], ...]]:
+    """The adapter CKPT, and all of them with their weights; none where it is alone and has none."""
+    from flora_export.methods.weighted import read_weighted
+
+    first, weight = read_weighted(str(ckpt))
+    if not others and weight == 1.0:
+        return first, ()
+    return first, ((first, weight), *map(read_weighted, others))
 
 
 def let_threads_sleep() -> None:

@@ -8,6 +8,7 @@ import click
 
 from flora_export.cli.common import (
     DIRECTORY,
+    adapter_option,
     base_option,
     json_option,
     let_threads_sleep,
@@ -15,6 +16,7 @@ from flora_export.cli.common import (
     progress,
     run_command,
     vacuous_option,
+    weighted_adapters,
 )
 from flora_export.cli.quantization_options import loss_option
 
@@ -22,6 +24,7 @@ from flora_export.cli.quantization_options import loss_option
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @click.option("--ckpt", type=DIRECTORY, help="Adapter to compare with. Without it, the recorded golden vectors are replayed.")
+@adapter_option
 @base_option
 @vacuous_option
 @click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
@@ -34,6 +37,7 @@ from flora_export.cli.quantization_options import loss_option
 def verify(
     out: Path,
     ckpt: Path | None,
+    adapters: tuple[str, ...],
     base: str | None,
     allow_vacuous: bool,
     prompts: Path | None,
@@ -55,8 +59,11 @@ def verify(
 
         if base is not None and ckpt is None:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
-        options = VerifyOptions(allow_vacuous, prompts, localise=localise, max_quantization_loss=max_quantization_loss)
-        found = pipeline.verify(out, ckpt, base, options, progress())
+        if adapters and ckpt is None:
+            raise click.UsageError("--adapter needs --ckpt: it is added to that.")
+        first, weighted = (None, ()) if ckpt is None else weighted_adapters(ckpt, adapters)
+        options = VerifyOptions(allow_vacuous, prompts, localise=localise, max_quantization_loss=max_quantization_loss, weighted=weighted)
+        found = pipeline.verify(out, first, base, options, progress())
         write_reports(found, open_artifact(out), report, markdown, junit)
         if as_json:
             print_json(found.to_dict())

@@ -7,6 +7,7 @@ against what the method promises for the configuration and the base model; only 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,6 +17,7 @@ from flora_export.base_model import BaseModel, file_sha256, load_base, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.errors import CheckpointError
 from flora_export.methods.reading import Header, Promise, check_finite, check_header, weights_file
+from flora_export.methods.weighted import combined
 
 # peft_type -> the module that reads it, imported when such an adapter is. A new method is one file and one line here.
 METHODS: dict[str, str] = {
@@ -44,7 +46,9 @@ class Method(Protocol):
         """
 
 
-def load_sources(ckpt: Path, base_name: str | None, *, merge: bool = True) -> tuple[BaseModel, Checkpoint]:
+def load_sources(
+    ckpt: Path, base_name: str | None, *, merge: bool = True, weighted: Sequence[tuple[Path, float]] = ()
+) -> tuple[BaseModel, Checkpoint]:
     """The adapter and its base model, both checked. Without `base_name` it is the one that the adapter names.
 
     `merge` and errors are those of `load_checkpoint`.
@@ -53,7 +57,10 @@ def load_sources(ckpt: Path, base_name: str | None, *, merge: bool = True) -> tu
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
     base = load_base(name)
-    return base, load_checkpoint(ckpt, base, merge=merge)
+    if not weighted:
+        return base, load_checkpoint(ckpt, base, merge=merge)
+    checkpoint = combined([(load_checkpoint(path, base), weight) for path, weight in weighted])
+    return base, checkpoint if merge else checkpoint.unmerged()
 
 
 def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Checkpoint:

@@ -28,6 +28,7 @@ class VerifyOptions:
     prompts: Path | None = None  # a file of prompts, one a line, instead of those that ship
     golden: bool = False  # record golden vectors
     max_quantization_loss: float | None = None  # nats per token
+    weighted: tuple[tuple[Path, float], ...] = ()  # several adapters as one, the checkpoint the first of them
     localise: bool = False  # name the first block that diverges even where all is right
 
 
@@ -49,7 +50,9 @@ def verify_numerics(
     manifest, precision = artifact.manifest, artifact.manifest.compute
     progress("loading eager PyTorch", 0, 1)
     eager = (
-        Reference(base, checkpoint.path) if manifest.quantization is None else QuantizedReference(base, checkpoint, manifest.quantization)
+        Reference(base, checkpoint.path, checkpoint.parts)
+        if manifest.quantization is None
+        else QuantizedReference(base, checkpoint, manifest.quantization)
     )
     runners = open_runner(artifact, exact=True), base_runner(artifact, base, exact=True)
     limits, context = runners[0].limits, min(base.context, runners[0].limits.total)
@@ -70,7 +73,7 @@ def verify_numerics(
     price, rounded = None, []
     if isinstance(eager, QuantizedReference):
         progress("asking what quantization costs", 0, 1)
-        price = measure_price(expected, eager, Reference(base, checkpoint.path))
+        price = measure_price(expected, eager, Reference(base, checkpoint.path, checkpoint.parts))
         rounded = with_rounding(eager, runs) if eager.quantization.accuracy_level else []
     measure_floors(eager.to_precision(precision), runs, precision)
     del eager
@@ -139,7 +142,7 @@ def first_divergence(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint
         from flora_export.verify.quantized_reference import QuantizedReference
 
         quantized = QuantizedReference(base, checkpoint, artifact.manifest.quantization)
-    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path), prompts[0], progress, quantized)
+    return localise(artifact, base, checkpoint, Reference(base, checkpoint.path, checkpoint.parts), prompts[0], progress, quantized)
 
 
 def longest_prompt(base: BaseModel, room: int) -> int:

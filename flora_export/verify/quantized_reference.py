@@ -42,7 +42,7 @@ class QuantizedReference(Reference):
         self.quantization = quantization
         self._changed: Tensors = {}
         if not checkpoint.changes:
-            super().__init__(base, checkpoint.path)
+            super().__init__(base, checkpoint.path, checkpoint.parts)
         elif checkpoint.branches:
             raise CheckpointError(
                 f"{checkpoint.path} changes weights and has branches beside them as well: such an artifact cannot be verified quantized. "
