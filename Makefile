@@ -56,6 +56,8 @@ bench: $(VENV)/installed-bench $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)
 	$(BIN)/python benchmarks/engines.py --base $(BASE)
+	$(BIN)/python benchmarks/quantized.py --base $(BASE)
+	$(BIN)/python benchmarks/methods.py --base $(BASE)
 
 # The verdict of builds, verifications and mutations, and the bytes of artifacts, under settings that make processors compute otherwise.
 machines: $(VENV)/installed-test $(BASE)
@@ -84,7 +86,7 @@ $(VENV)/installed-demo: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-serve: EXTRAS := cpu,genai,triton
-$(VENV)/installed-bench: EXTRAS := cpu,tensorrt-rtx
+$(VENV)/installed-bench: EXTRAS := cpu,tensorrt-rtx,genai
 $(VENV)/installed-accuracy: EXTRAS := cpu,accuracy,report
 OTHERS := $(addprefix $(VENV)/installed-,serve bench accuracy)
 $(OTHERS): $(VENV)/installed-demo

@@ -37,9 +37,10 @@ ALL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": LINEAR}
 METHODS: dict[str, tuple[Callable[[], peft.PeftConfig], float]] = {
     "FFBA": (lambda: FFBAConfig(r=8, task_type="CAUSAL_LM"), 1e-3),
     "LoRA": (lambda: peft.LoraConfig(r=8, lora_alpha=16, **ALL), 1e-3),
+    "LoRA, --no-merge": (lambda: peft.LoraConfig(r=8, lora_alpha=16, **ALL), 1e-3),
     "rsLoRA": (lambda: peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, **ALL), 1e-3),
     "DoRA": (lambda: peft.LoraConfig(r=8, lora_alpha=16, use_dora=True, **ALL), 1e-3),
-    "DeLoRA": (lambda: peft.DeloraConfig(r=8, delora_lambda=15.0, **ALL), 1e-2),
+    "DeLoRA": (lambda: peft.DeloraConfig(r=8, delora_lambda=15.0, **ALL), 1e-3),
     "AdaLoRA": (lambda: peft.AdaLoraConfig(init_r=8, target_r=8, lora_alpha=16, total_step=1000, **ALL), 1e-2),
     "IA3": (lambda: peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", DOWN], feedforward_modules=[DOWN]), 1e-2),
     "LoHa": (lambda: peft.LoHaConfig(r=8, alpha=16, **ALL), 1e-2),
@@ -73,11 +74,11 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     print(f"--- {name}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as work:
         adapter, out = Path(work) / "adapter", Path(work) / "out"
-        losses = train(name, adapter, options)
+        trainable, losses = train(name, adapter, options)
         try:
-            artifact, report = build(adapter, str(options.base), out, BuildOptions(), quiet)
+            artifact, report = build(adapter, str(options.base), out, BuildOptions(merge="no-merge" not in name), quiet)
         except FloraExportError as error:
-            return {"method": name, "losses": losses, "error": str(error)}
+            return {"method": name, "trainable": trainable, "losses": losses, "error": str(error)}
         assert report.numerics is not None
         timed = bench(out, str(options.base), BenchOptions(arms=("base", "fused"), rounds=options.rounds, threads=options.threads), quiet)
         step = next(m for m in timed["measurements"] if (m["metric"], m["arm"]) == ("tpot", "fused"))
@@ -85,7 +86,7 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
         cases = [case for case in report.numerics.cases if case.floor_effect]
         return {
             "method": name,
-            "trainable": timed["adapter_parameters"]["fused"],
+            "trainable": trainable,
             "losses": losses,
             "branches": len(manifest.blocks),
             "changed_weights": len(manifest.changes),
@@ -98,8 +99,8 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def train(name: str, adapter: Path, options: argparse.Namespace) -> list[float]:
-    """Save an adapter that was trained for a few steps. Returns the first loss and the last."""
+def train(name: str, adapter: Path, options: argparse.Namespace) -> tuple[int, list[float]]:
+    """Save an adapter that was trained for a few steps. Returns how many numbers it trained, and the first loss and the last."""
     make, rate = METHODS[name]
     transformers.set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
@@ -114,7 +115,7 @@ def train(name: str, adapter: Path, options: argparse.Namespace) -> list[float]:
         optimizer.zero_grad()
         losses.append(float(loss))
     model.save_pretrained(adapter)
-    return [losses[0], losses[-1]]
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), [losses[0], losses[-1]]
 
 
 def quiet(what: str, done: int, of: int) -> None:

@@ -78,7 +78,7 @@ def stamp(venv: Path, *names: str) -> None:
     [
         ("demo", []),
         ("serve", ["cpu,genai,triton"]),
-        ("bench", ["cpu,tensorrt-rtx"]),
+        ("bench", ["cpu,tensorrt-rtx,genai"]),
         ("accuracy", ["cpu,accuracy,report"]),
         ("readme-tables", []),
         ("lint", ["cpu,tensorrt-rtx,genai,triton,report,accuracy,examples,dev"]),
