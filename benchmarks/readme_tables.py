@@ -226,10 +226,10 @@ def methods_rows(methods: dict[str, Any]) -> list[str]:
         if "error" in row:
             table.append(f"| {row['method']} | | refused: {row['error'].splitlines()[0]} | | |")
             continue
-        how = ", ".join(row["how"])
+        how = "A fused, B beside" if row["how"] == ["forward"] else f"{'fused' if row['branches'] else 'merged'}: {', '.join(row['how'])}"
         low, high = row["decode_interval"]
         table.append(
-            f"| {row['method']} | {row['trainable'] / 1e6:.2f} M | {'beside' if row['branches'] else 'merged'}: {how} | "
+            f"| {row['method']} | {row['trainable'] / 1e6:.2f} M | {how} | "
             f"{row['effect_floors']:.1f} | {row['decode_ratio']:.3f} ({low:.3f} to {high:.3f}) |"
         )
     return table

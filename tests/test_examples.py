@@ -121,3 +121,17 @@ def test_03_optimum() -> None:
     assert len(with_first(largest_error=float("nan"))) == 1
     assert with_first(same_greedy_tokens=False) == ["prompt 0: generate() says something else"]
     assert check.faults([], precision) == ["nothing was replayed"]
+
+
+@pytest.mark.real
+def test_06_int4(smollm2: Path, tmp_path: Path) -> None:
+    """Trained on the weights that it is served with: int4 costs the base nothing more."""
+    command = [EXAMPLES / "06_int4" / "train_and_build.sh", smollm2, tmp_path / "out", "--steps", 4, "--batch", 2, "--held-out", 0]
+    bin_directory = {"BIN": str(Path(sys.executable).parent)}
+    ran = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, timeout=900, env=os.environ | bin_directory
+    )
+    assert ran.returncode == 0, ran.stderr
+    price = json.loads((tmp_path / "out" / "artifact" / "report.json").read_text())["price"]
+    assert price["base_kl_mean"] < 1e-6
+    assert price["kl_mean"] < 0.02
