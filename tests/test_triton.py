@@ -369,9 +369,10 @@ def test_the_command(artifact: Artifact, repo: Path, tmp_path: Path) -> None:
     assert run("triton", tmp_path / "nowhere", "--check").exit_code == 2
 
 
-def test_build_for_triton(sources: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_build_for_triton(precision: str, sources: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = sources
-    command = ["build", adapter, "--base", base, "--backend", "triton", "--output", tmp_path / "repo", "--json"]
+    command = ["build", adapter, "--base", base, "--backend", "triton", "--precision", precision, "--output", tmp_path / "repo", "--json"]
     result = run(*command)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["verified"] is True
