@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
     what = f"{config['peft_type']}, merged by PEFT {peft.__version__}"
     changes: list[WeightChange] = []
     wanted: list[str] = []
-    merged = functools.cache(lambda: _merge(path, base, wanted))
+    merged = _once(lambda: _merge(path, base, wanted))
     for name, layer in layers.items():
         own = tuple(key for key in tensors if key.startswith(f"{PREFIX}{name}."))
         for part, _ in layer.get_base_layer().named_parameters():
@@ -113,6 +114,19 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
     if not changes:
         raise CheckpointError(f"{path / CONFIG}: target_modules {config['target_modules']!r} selects nothing in the base model {base.name}")
     return Promise((), tuple(changes), tensors)
+
+
+def _once(make: Callable[[], Mapping[str, npt.NDArray[Any]]]) -> Callable[[], Mapping[str, npt.NDArray[Any]]]:
+    """Makes it when it is first asked for. One thread at a time: weights are written by several, and where two of them load a model at
+    once, transformers can be left unable to tie embeddings to heads, which it turns off and on for the whole process while it loads.
+    """
+    lock, made = threading.Lock(), functools.cache(make)
+
+    def get() -> Mapping[str, npt.NDArray[Any]]:
+        with lock:
+            return made()
+
+    return get
 
 
 def _derive(tensor: str, merged: Callable[[], Mapping[str, npt.NDArray[Any]]]) -> Callable[[Doubles, Sequence[Doubles]], Doubles]:
