@@ -22,14 +22,13 @@ from flora_export.checkpoint import CONFIG, WEIGHTS
 from flora_export.errors import CheckpointError
 from flora_export.methods import read_config
 from flora_export.methods.lora2 import INNER
-from flora_export.methods.reading import MAX_WEIGHT_BYTES, PICKLE, number
+from flora_export.methods.reading import MAX_WEIGHT_BYTES, PICKLE, PREFIX, number
 
 if TYPE_CHECKING:
     import torch
 
     Tensors = dict[str, torch.Tensor]
 
-PREFIX = "base_model.model."
 RESLORA_WEIGHTS, RESLORA_CONFIG, WHOLE = "pytorch_model_lora.bin", "reslora_config.json", "pytorch_model.bin"
 _LORA2 = re.compile(r"(?P<module>.+)\.(?P<name>lora_A|lora_B|lora_E|lora_aa|lora_bb|ranknum)")
 _RESLORA = re.compile(r"(?P<module>.+)\.loras\.(?P<index>\d{1,4})\.lora_[AB]")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from safetensors import safe_open
 from flora_export.artifact import staged, writing
 from flora_export.base_model import BaseModel, load_base
 from flora_export.errors import CheckpointError
-from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
 from flora_export.quantization.packing import Array, read_back
+from flora_export.quantization.unpacking import write_beside
 from flora_export.shards import DTYPES, Planned, write_shards
 
 Progress = Callable[[str, int, int], None]
@@ -47,8 +46,8 @@ def quantize_base(name: str, output: Path, quantization: Quantization, progress:
         ArtifactError: `output` exists, or cannot be written.
     """
     base = load_base(name)
-    if "quantization_config" in base.config:
-        raise CheckpointError(f"{base.path} is quantized already ({base.config['quantization_config'].get('quant_method')})")
+    if base.packed is not None:
+        raise CheckpointError(f"{name} is quantized already ({base.packed.method}): train on it as it is, its integers are kept")
     total, moved, done = 0.0, 0.0, 0
 
     def note(before: Array, after: Array) -> None:
@@ -62,11 +61,7 @@ def quantize_base(name: str, output: Path, quantization: Quantization, progress:
     planned = [_plan(base, tensor, chosen.get(tensor, 0), quantization.block_size, note) for tensor in base.tensors]
     with staged(output, force=False) as directory, writing(output):
         write_shards(directory, planned)
-        for file in base.path.iterdir():
-            if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, directory / file.name)
-        config = {key: value for key, value in base.config.items() if key != "torch_dtype"} | {"dtype": "float32"}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_beside(base.path, directory, base.config)
         facts = {"base": base.digests, "quantization": dataclasses.asdict(quantization)}
         (directory / NOTE).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return Snapped(done, float(np.sqrt(moved / total)) if total else 0.0)
@@ -75,7 +70,7 @@ def quantize_base(name: str, output: Path, quantization: Quantization, progress:
 def _bits(tensor: str, shape: tuple[int, ...], quantization: Quantization) -> int:
     if len(shape) != 2 or not tensor.endswith(".weight"):
         return 0
-    return quantization.bits if LAYERS in tensor else quantization.head_bits
+    return quantization.bits_of(tensor)
 
 
 def _plan(base: BaseModel, tensor: str, bits: int, block: int, note: Callable[[Array, Array], None]) -> Planned:

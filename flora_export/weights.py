@@ -70,8 +70,12 @@ def dims_of(value: ir.Value) -> list[int]:
 
 def add_constant(model: ir.Model, name: str, values: float | Sequence[int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
     """A new initializer: sizes of a Split, an axis, a scalar."""
-    tensor = ir.Tensor(np.array(values, dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    return add_weight(model, ir.Tensor(np.array(values, dtype.numpy()), dtype=dtype, name=name))
+
+
+def add_weight(model: ir.Model, tensor: ir.LazyTensor | ir.Tensor[Any]) -> ir.Value:
+    """A tensor as a new initializer of its name."""
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.initializers.add(value)
     return value
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from flora_export.backends.quantizing import QuantizationOptions
 from flora_export.base_model import load_base
+from flora_export.cli import main
 from flora_export.errors import CheckpointError, FloraExportError
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.quantization import Quantization
@@ -167,6 +169,13 @@ def test_a_damaged_one_is_refused(name: str, base: Path, tmp_path: Path) -> None
     save_file(tensors, own / "model.safetensors")
     with pytest.raises(CheckpointError, match=words):
         load_base(str(own))
+
+
+def test_it_is_not_quantized_again_to_train_on(base: Path, tmp_path: Path) -> None:
+    own = quantized_copy(base, tmp_path / "own", "gptq")
+    result = CliRunner().invoke(main, ["quantize-base", str(own), "--precision", "int4", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "is quantized already (gptq)" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantization_that_cannot_be() -> None:

@@ -80,6 +80,6 @@ def _rows_of(entry: LedgerEntry, node: ir.Node, weight: ir.Value) -> tuple[int, 
 def _computed(weight: ir.Value) -> ir.DataType:
     """The precision that a weight is multiplied in: its own, or its scales'."""
     node = next(node for node, _ in weight.uses())
-    scales = node.inputs[{"MatMulNBits": 2, "DequantizeLinear": 1}.get(node.op_type, 1)]
+    scales = node.inputs[2 if node.op_type == "MatMulNBits" else 1]
     assert scales is not None and scales.dtype is not None
     return scales.dtype

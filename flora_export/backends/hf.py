@@ -133,7 +133,7 @@ def _write_config(base: BaseModel, directory: Path, neurons: int | None, dtype: 
 class Decoder:
     """A written checkpoint in transformers, loaded as anyone would, decoding a batch of prompts with a KV cache, padded on the left."""
 
-    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> None:
+    def __init__(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0) -> None:
         """Load the artifact; without its adapter, B's columns of each down projection are zeroed in memory.
 
         Args:

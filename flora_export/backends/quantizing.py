@@ -66,7 +66,7 @@ def choose_quantization(precision: str, target: str, options: QuantizationOption
     """How a build quantizes; None where it does not.
 
     Adapter slices have their hosts' bits by default, so that they are fused: at blocks of 32, int4 moves the example adapter's effect by
-    less than 3 %. Embeddings and head are int8: a tied int4 table costs more than all the layers.
+    less than 3 %. Embeddings and head are int8 unless told otherwise.
 
     Args:
         packed: the integers of a base model that is quantized already, which decide bits and blocks.

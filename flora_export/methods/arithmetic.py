@@ -7,6 +7,8 @@ alone decide.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from flora_export.change import Doubles
@@ -28,6 +30,13 @@ def low_rank(weight: Doubles, b: Doubles, a: Doubles, scale: float) -> Doubles:
             total += product
         result[start : start + rows] = weight[start : start + rows] + total
     return result
+
+
+def low_ranks(scales: Sequence[float], weight: Doubles, sources: Sequence[Doubles]) -> Doubles:
+    """W + Σ s B A, pair by pair in order. `sources` are A, B, A, B, ..., with a scale for each pair."""
+    for scale, a, b in zip(scales, sources[::2], sources[1::2], strict=True):
+        weight = low_rank(weight, b, a, scale)
+    return weight
 
 
 def row_norms(matrix: Doubles) -> Doubles:

@@ -18,11 +18,10 @@ import numpy as np
 from flora_export.change import Doubles, WeightChange
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_rank
-from flora_export.methods.reading import Header
+from flora_export.methods.reading import Header, Tensors
 
 _B = ".lora_B.weight"
 _MAPPING = "_lora_latent_mapping.weight"
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def with_mappings(path: Path, changes: list[WeightChange], tensors: Tensors, found: Header) -> tuple[list[WeightChange], Tensors]:

@@ -8,14 +8,13 @@ res_flag 1 (is) and 3 (ms) add what other layers were given, so that no weights 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flora_export.base_model import BaseModel
-from flora_export.change import Doubles, WeightChange
-from flora_export.methods.arithmetic import low_rank
+from flora_export.change import WeightChange
+from flora_export.methods.arithmetic import low_ranks
 from flora_export.methods.linear import check_linear, check_rank, linear_modules, named, promised
 from flora_export.methods.reading import Header, Promise, Tensors, number, refuser, whole
 
@@ -66,11 +65,7 @@ def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) 
                 if other != shape:  # the authors' code links modules of one shape alone, and follows links
                     break
                 sources = (*sources, *names)
-            changes.append(WeightChange(f"{module}.weight", "ResLoRA", sources, partial(_derive, scale), rank * len(sources) // 2, scale))
+            pairs = len(sources) // 2
+            derive = partial(low_ranks, (scale,) * pairs)
+            changes.append(WeightChange(f"{module}.weight", "ResLoRA", sources, derive, rank * pairs, scale))
     return promised(changes, tensors)
-
-
-def _derive(scale: float, weight: Doubles, sources: Sequence[Doubles]) -> Doubles:
-    for a, b in zip(sources[::2], sources[1::2], strict=True):
-        weight = low_rank(weight, b, a, scale)
-    return weight

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from flora_export.change import Doubles, WeightChange
+from flora_export.change import WeightChange
 from flora_export.checkpoint import Checkpoint, part_name
 from flora_export.errors import CheckpointError
-from flora_export.methods.arithmetic import low_rank
+from flora_export.methods.arithmetic import low_ranks
 
 
 def combined(parts: Sequence[tuple[Checkpoint, float]]) -> Checkpoint:
@@ -38,7 +38,7 @@ def combined(parts: Sequence[tuple[Checkpoint, float]]) -> Checkpoint:
         sources = tuple(part_name(index, name) for index, change, _ in own for name in change.factors or ())
         scales = tuple(change.scale * weight for _, change, weight in own)
         what = " + ".join(f"{weight:g} {change.what}" for _, change, weight in own)
-        changes.append(WeightChange(tensor, what, sources, partial(_summed, scales), sum(change.rank for _, change, _ in own)))
+        changes.append(WeightChange(tensor, what, sources, partial(low_ranks, scales), sum(change.rank for _, change, _ in own)))
     digests = {f"{index}/{name}": sha for index, (each, _) in enumerate(parts) for name, sha in each.digests.items()}
     digests["weights"] = hashlib.sha256(" ".join(f"{weight!r}" for _, weight in parts).encode()).hexdigest()
     first = parts[0][0]
@@ -58,9 +58,3 @@ def read_weighted(text: str) -> tuple[Path, float]:
     if not abs(value) < 1e6:  # NaN is not below either
         raise CheckpointError(f"{text}: an adapter's weight must be a finite number, below a million")
     return Path(path), value
-
-
-def _summed(scales: Sequence[float], weight: Doubles, sources: Sequence[Doubles]) -> Doubles:
-    for scale, a, b in zip(scales, sources[::2], sources[1::2], strict=True):
-        weight = low_rank(weight, b, a, scale)
-    return weight

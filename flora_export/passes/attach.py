@@ -19,7 +19,7 @@ from flora_export.branch import GATED, Branch
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.hosts import clone_chain, host_node, neurons
-from flora_export.weights import Array, Part, Stacked, parts_of, zeros
+from flora_export.weights import Array, Part, Stacked, add_weight, parts_of, zeros
 
 
 class Attach(ir.passes.InPlacePass):
@@ -85,9 +85,7 @@ class Attach(ir.passes.InPlacePass):
         )
         parts = [*lead, _part(self.checkpoint, branch, matrix, dtype), *padding]
         tensor = Stacked(weight_name(branch, matrix), parts, axis, dtype, [other])
-        weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-        model.graph.initializers.add(weight)
-        node = _node("MatMul", [source, weight], f"{branch.block}.ffba_{matrix}")
+        node = _node("MatMul", [source, add_weight(model, tensor)], f"{branch.block}.ffba_{matrix}")
         nodes.append(node)
         return node.outputs[0]
 
@@ -132,10 +130,15 @@ def adapter_reader(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: i
         values = checkpoint.matrix(branch, matrix)
         if matrix == "B":
             values = values * np.float32(branch.scale)
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(values.T).astype(dtype.numpy())
-        if not np.isfinite(cast).all():
-            raise FusionError(f"{branch.block} {matrix}, scaled, overflows {dtype.name}: build with --precision fp32 or bf16")
-        return cast
+        return cast_scaled(values.T, dtype, f"{branch.block} {matrix}")
 
     return read
+
+
+def cast_scaled(values: Array, dtype: ir.DataType, what: str) -> Array:
+    """An adapter's matrix in the graph's precision. Raises FusionError where a number overflows it."""
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(values).astype(dtype.numpy())
+    if not np.isfinite(cast).all():
+        raise FusionError(f"{what}, scaled, overflows {dtype.name}: build with --precision fp32 or bf16")
+    return cast

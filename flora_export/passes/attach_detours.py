@@ -24,9 +24,10 @@ from flora_export.base_model import BaseModel
 from flora_export.branch import Detour
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
+from flora_export.passes.attach import cast_scaled
 from flora_export.passes.hosts import host_node
 from flora_export.provenance import find_places
-from flora_export.weights import Array, Part, Stacked, dims_of, parts_of, zeros
+from flora_export.weights import Array, Part, Stacked, add_weight, dims_of, parts_of, zeros
 
 
 def place_detours(model: ir.Model, checkpoint: Checkpoint, base: BaseModel) -> tuple[Detour, ...]:
@@ -110,18 +111,12 @@ def detour_reader(checkpoint: Checkpoint, detour: Detour, matrix: str, dtype: ir
         values = checkpoint.tensor(detour.a if matrix == "A" else detour.b).T
         if matrix == "B":
             values = np.pad(values * np.float32(detour.scale), ((0, 0), (detour.offset, outputs - detour.offset - detour.columns)))
-        with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(values).astype(dtype.numpy())
-        if not np.isfinite(cast).all():
-            raise FusionError(f"{detour.tensor} {matrix}, scaled, overflows {dtype.name}: build with --precision fp32 or bf16")
-        return cast
+        return cast_scaled(values, dtype, f"{detour.tensor} {matrix}")
 
     return read
 
 
 def _matmul(model: ir.Model, source: ir.Value, tensor: Stacked, name: str) -> ir.Node:
-    weight = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.initializers.add(weight)
-    node = ir.node("MatMul", [source, weight], name=name)
+    node = ir.node("MatMul", [source, add_weight(model, tensor)], name=name)
     node.outputs[0].name = f"{name}.out"
     return node

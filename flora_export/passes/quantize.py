@@ -25,11 +25,10 @@ from flora_export.provenance import read_name
 from flora_export.quantization import STANDARD, Quantization
 from flora_export.quantization.packing import Form
 from flora_export.quantization.unpacking import Packed
-from flora_export.weights import Array, Part, Stacked, dims_of, parts_of, zeros
+from flora_export.weights import Array, Part, Stacked, add_weight, dims_of, parts_of, zeros
 
 DOMAIN = "com.microsoft"
 IDS = "input_ids"
-LAYERS = ".layers."  # what is outside of them are the embeddings and the head
 
 
 class Quantize(ir.passes.InPlacePass):
@@ -51,11 +50,9 @@ class Quantize(ir.passes.InPlacePass):
 
     def _bits(self, weight: ir.Value) -> int:
         """The bits of a weight, by what it is: 0 where it keeps its precision."""
-        if LAYERS not in (weight.name or ""):
-            return self.quantization.head_bits
         if all(part.origin in ("adapter", "zeros") for part in parts_of(weight)[1]):
             return self.quantization.adapter_bits
-        return self.quantization.bits
+        return self.quantization.bits_of(weight.name or "")
 
     def _quantize_one(self, model: ir.Model, weight: ir.Value, uses: Sequence[ir.Node]) -> bool:
         bits = self._bits(weight)
@@ -75,8 +72,7 @@ class Quantize(ir.passes.InPlacePass):
             )
         form = Form(bits, block, "codes", "row" if by_row else "standard" if standard else "blocks")
         restated = _restated(weight, replace(form, content="scales"), f"{weight.name}.scales", self.packed)
-        scales = ir.Value(name=restated.name, shape=restated.shape, type=ir.TensorType(restated.dtype), const_value=restated)
-        model.graph.initializers.add(scales)
+        scales = add_weight(model, restated)
         dtype, codes = weight.dtype, _restated(weight, form, weight.name or "", self.packed)
         weight.const_value, weight.shape, weight.type = codes, codes.shape, ir.TensorType(codes.dtype)
         if standard:

@@ -8,6 +8,7 @@ BITS = {"int4": 4, "int8": 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 COMPUTE = ("fp32", "fp16")
 CONTRIB, STANDARD = "MatMulNBits", "DequantizeLinear"  # ONNX Runtime's own, or those of the ONNX standard
+LAYERS = ".layers."  # in the name of a weight; what is outside of them are the embeddings and the head
 QUANTIZER = "onnxruntime.quantization.matmul_nbits_quantizer.DefaultWeightOnlyQuantizer"
 
 
@@ -36,6 +37,10 @@ class Quantization:
     @property
     def precision(self) -> str:
         return f"int{self.bits}"
+
+    def bits_of(self, weight: str) -> int:
+        """The bits of one of the base model's matrices, by its name; 0: it keeps its precision."""
+        return self.bits if LAYERS in weight else self.head_bits
 
     @property
     def fusable(self) -> bool:

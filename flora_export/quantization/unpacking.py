@@ -118,12 +118,17 @@ def write_plain(packed: Packed, source: Path, config: Mapping[str, Any]) -> temp
         weight_map[name] = f"model-{index:05d}-of-{len(names):05d}.safetensors"
         save_file({name: np.ascontiguousarray(values)}, path / weight_map[name], {"format": "pt"})
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    write_beside(source, path, config)
+    return directory
+
+
+def write_beside(source: Path, directory: Path, config: Mapping[str, Any]) -> None:
+    """What stands beside a base model's weights, for a plain checkpoint of it in fp32: tokenizer, settings, its configuration."""
     for file in source.iterdir():
         if file.is_file() and file.suffix in COPIED and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, path / file.name)
+            shutil.copyfile(file, directory / file.name)
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")} | {"dtype": "float32"}
-    (path / "config.json").write_text(json.dumps(plain), encoding="utf-8")
-    return directory
+    (directory / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_config(file: Path, quantization: Any) -> tuple[str, int, int, int]:

@@ -18,15 +18,14 @@ from torch import nn
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError
+from flora_export.methods.reading import PREFIX
 from flora_export.passes.change_weights import changed_values
-from flora_export.passes.quantize import LAYERS
 from flora_export.quantization import Quantization
 from flora_export.quantization.packing import DTYPES, Array, read_back
 from flora_export.quiet import quiet
 from flora_export.reference import Reference, load_eager
 from flora_export.verify.coverage import Run, measure_floors
 
-PREFIX = "base_model.model."  # before the base's own names, in PEFT's
 Tensors = dict[str, torch.Tensor]
 
 
@@ -82,8 +81,11 @@ class QuantizedReference(Reference):
             parameter.data = torch.from_numpy(read)
 
     def _read_back(self, name: str, values: Array) -> Array:
-        bits = self.quantization.bits if LAYERS in name else self.quantization.head_bits
-        return read_back(values, bits, self.quantization.block_size, self.quantization.compute) if values.ndim == 2 else values
+        return (
+            read_back(values, self.quantization.bits_of(name), self.quantization.block_size, self.quantization.compute)
+            if values.ndim == 2
+            else values
+        )
 
     @property
     def _inner(self) -> nn.Module:
@@ -120,12 +122,11 @@ class QuantizedReference(Reference):
         """Within, what a quantized layer reads is rounded to int8, each block with a scale of its own: as a runtime does it for speed."""
         block = self.quantization.block_size
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        bits = {False: self.quantization.bits, True: self.quantization.head_bits}
         adapters = {name.removesuffix(".weight") for name in self._adapter}
         handles = [
             module.register_forward_pre_hook(lambda _, arguments: (_round(arguments[0], block), *arguments[1:]))
             for name, module in layers
-            if (self.quantization.adapter_bits if name in adapters else bits[LAYERS not in name])
+            if (self.quantization.adapter_bits if name in adapters else self.quantization.bits_of(name))
         ]
         try:
             yield
