@@ -6,13 +6,16 @@ import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RUNTIME = ROOT / "build" / "onnxruntime"
 BUILD = ROOT / "build" / "cpp-tests"
+COMPILERS = ("c++", "g++", "clang++")
 FLAGS = "-Werror -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
@@ -27,11 +30,23 @@ def what_is_missing() -> str | None:
     """Why the example cannot be built here, or None."""
     if not (RUNTIME / "include" / "onnxruntime_cxx_api.h").is_file() or not (RUNTIME / "lib" / "libonnxruntime.so").exists():
         return f"no ONNX Runtime for C++ in {RUNTIME}: make cpp-dependencies gets it where it can"
-    if not shutil.which("cmake") or not shutil.which("c++"):
-        return "no cmake or no C++ compiler"
-    headers = "#include <nlohmann/json.hpp>\n#include <openssl/evp.h>\n"
-    probe = subprocess.run(["c++", "-E", "-x", "c++", "-"], input=headers, capture_output=True, text=True, check=False)
-    return None if probe.returncode == 0 else "no headers of nlohmann-json or OpenSSL: make cpp-dependencies installs them where it can"
+    if not shutil.which("cmake"):
+        return "no cmake"
+    if compiler() is None:
+        return f"none of {', '.join(COMPILERS)} links a C++ program with nlohmann-json and OpenSSL: make cpp-dependencies installs them"
+    return None
+
+
+@cache
+def compiler() -> str | None:
+    """The first compiler that makes a program with the example's libraries, which `CXX=gcc` or an odd `c++` in the path does not."""
+    program = '#include <nlohmann/json.hpp>\n#include <openssl/evp.h>\nint main() { return nlohmann::json::parse("0").get<int>(); }\n'
+    for name in filter(shutil.which, COMPILERS):
+        with tempfile.TemporaryDirectory() as directory:
+            command = [name, "-x", "c++", "-", "-o", f"{directory}/probe", *FLAGS.split(), "-lcrypto"]
+            if subprocess.run(command, input=program, capture_output=True, text=True, check=False).returncode == 0:
+                return name
+    return None
 
 
 def build_example() -> Path:
@@ -39,12 +54,14 @@ def build_example() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:  # test processes run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", BUILD, f"-DONNXRUNTIME_ROOT={RUNTIME}"]
+        source = ["-S", ROOT / "examples" / "cpp", "-B", BUILD]
+        configure = ["cmake", *source, f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DONNXRUNTIME_ROOT={RUNTIME}"]
+        machine = {name: value for name, value in os.environ.items() if name not in ("CXX", "CXXFLAGS", "LDFLAGS")}
         for command in (
             [*configure, "-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS={FLAGS}"],
             ["cmake", "--build", BUILD, "--parallel", "2"],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=machine)
             assert done.returncode == 0, done.stdout + done.stderr
     return BUILD / "flora-decode"
 
