@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flora_export.bank import BASE, Bank
 from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
 from flora_export.manifest import RECORDS, SCHEMA_VERSION, Manifest, checked
@@ -35,6 +36,7 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    slot: int = BASE  # of a bank: the adapter that answers where no other is chosen
 
     @property
     def model(self) -> Path:
@@ -65,6 +67,8 @@ def open_artifact(path: Path) -> Artifact:
             content[key] = [checked(cls(**item)) for item in content[key]]
         if content.get("quantization") is not None:
             content["quantization"] = checked(Quantization(**content["quantization"]))
+        if content.get("bank") is not None:
+            content["bank"] = checked(Bank(**content["bank"]))
         manifest: Manifest = checked(Manifest(**content))
         quantized = manifest.quantization.bits if manifest.quantization is not None else None
         if BITS.get(manifest.precision) != quantized:

@@ -76,11 +76,18 @@ class Branch:
     keys: str = "base_model.model.{block}.ffba_{matrix}.weight"  # how its checkpoint names a matrix
     lead: int = 0  # zeros before its rank in the graph, so that B's rows begin a block of their own where weights are quantized
     padding: int = 0  # zeros beside its rank in the graph, so that the widened projections have a width that the target likes
+    members: tuple[Branch, ...] = ()  # of a bank: the branches of its adapters, which it stands for in the graph
+    slots: int = 0  # of a bank that is stacked: how many adapters have a place; 0: they stand side by side
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """The letters of its matrices: forward adapters first, in the order of the host's neurons, then B."""
         return ("G", "A", "B") if self.activation == GATED else ("A", "B")
+
+    @property
+    def own(self) -> tuple[Branch, ...]:
+        """The branches that are in a checkpoint: itself, or those that it stands for."""
+        return self.members or (self,)
 
     @property
     def columns(self) -> int:

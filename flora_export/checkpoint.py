@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
+from flora_export.bank import Bank
 from flora_export.branch import Branch, Detour
 from flora_export.change import Doubles, WeightChange
 from flora_export.errors import CheckpointError
@@ -32,6 +33,7 @@ class Checkpoint:
     changes: tuple[WeightChange, ...] = ()
     detours: tuple[Detour, ...] = ()  # beside projections: changes that were not merged
     parts: tuple[tuple[Path, float], ...] = ()  # of one that is made of several: their directories and weights
+    bank: Bank | None = None  # of several that stay apart, each chosen by itself
 
     @property
     def digest(self) -> str:
@@ -77,8 +79,3 @@ class Checkpoint:
     def changed(self, change: WeightChange, weight: npt.NDArray[Any]) -> Doubles:
         """W' of a change in fp64, from W as the base model's file has it."""
         return change.derive(weight.astype(np.float64), [self.tensor(name).astype(np.float64) for name in change.sources])
-
-
-def part_name(index: int, tensor: str) -> str:
-    """A tensor's name in a checkpoint that is made of several."""
-    return f"{index}:{tensor}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
+from flora_export.bank import Bank
 from flora_export.quantization import Quantization
 
 SCHEMA_VERSION = 1
@@ -94,6 +95,7 @@ class Manifest:
     changes: list[ChangeRecord] = field(default_factory=list)  # of the base's weights; written where there are any
     quantization: Quantization | None = None  # written where weights are quantized
     merge: bool = True  # whether low-rank changes are in the base's weights, not beside them; written where they are beside
+    bank: Bank | None = None  # written where the graph holds several adapters
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -103,7 +105,7 @@ class Manifest:
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self)
-        for name in ("changes", "quantization"):
+        for name in ("changes", "quantization", "bank"):
             if not content[name]:
                 del content[name]
         if self.merge:
@@ -130,6 +132,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "list": (list,),
     "dict": (dict,),
     "Quantization | None": (Quantization, NoneType),
+    "Bank | None": (Bank, NoneType),
+    "tuple": (tuple,),
 }
 
 

@@ -10,14 +10,17 @@ from typing import Any
 
 from flora_export.artifact import REPORT, Artifact, open_artifact, seal, staged, writing
 from flora_export.backends import Progress, backend_of, load_backend
+from flora_export.base_model import BaseModel
 from flora_export.capture import capture
-from flora_export.checkpoint import CONFIG
-from flora_export.errors import ArtifactError, BackendError, VerificationError
+from flora_export.checkpoint import CONFIG, Checkpoint
+from flora_export.errors import ArtifactError, BackendError, FloraExportError, VerificationError
 from flora_export.explain import Explanation
 from flora_export.ledger import block_records, change_records, load_graph, planned_entries
-from flora_export.methods import load_sources
+from flora_export.methods import load_bank, load_sources
+from flora_export.methods.bank import BankOptions
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.proof import check_ledger
+from flora_export.verify.bank import verify_bank
 from flora_export.verify.parity import VerifyOptions, environment, first_divergence, golden_prompts, replayed, verify_numerics
 from flora_export.verify.report import Report
 
@@ -35,6 +38,7 @@ class BuildOptions:
     align: int | None = None  # None: the backend's own
     max_quantization_loss: float | None = None  # nats per token; None: whatever it costs
     weighted: tuple[tuple[Path, float], ...] = ()  # several LoRAs as one, the checkpoint the first of them; empty: it alone
+    bank: BankOptions | None = None  # several adapters that stay apart, the checkpoint the first of them
     settings: Any = None  # the backend's own options, as its `options` makes them; None: their defaults
 
 
@@ -48,7 +52,11 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
     """
     with staged(output, force=options.force) as directory:
         progress("reading the checkpoint", 0, 1)
-        base, checkpoint = load_sources(ckpt, base_name, merge=options.merge, weighted=options.weighted)
+        if options.bank is None:
+            base, checkpoint = load_sources(ckpt, base_name, merge=options.merge, weighted=options.weighted)
+        else:
+            layout, slots = options.bank.chosen_layout(options.precision), options.bank.slots or len(options.bank.members)
+            base, checkpoint = load_bank(dict(enumerate(options.bank.members)), base_name, layout, slots)
         backend, golden = load_backend(options.backend), golden_prompts(base)
         plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
         progress("capturing the base model", 0, 1)
@@ -64,7 +72,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         gc.collect()  # mobius's package refers to itself
         artifact, report = Artifact(directory, dataclasses.replace(manifest, verified=options.verify)), None
         if options.verify:
-            report = verify_numerics(
+            report = (verify_numerics if checkpoint.bank is None else verify_bank)(
                 artifact,
                 base,
                 checkpoint,
@@ -76,7 +84,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
         report = dataclasses.replace(report, ledger=ledger) if report is not None else Report(ledger)
-        if report.numerics is not None and report.numerics.causes:
+        if report.numerics is not None and report.numerics.causes and checkpoint.bank is None:
             report.first_divergence = first_divergence(artifact, base, checkpoint, progress)
         if report.causes:
             raise VerificationError(report.to_text(), report.to_dict())
@@ -95,20 +103,35 @@ def verify(path: Path, ckpt: Path | None, base_name: str | None, options: Verify
     if ckpt is None:
         progress("checking the ledger", 0, 1)
         return replayed(artifact, check_ledger(artifact), progress)
-    base, checkpoint = load_sources(ckpt, base_name, merge=artifact.manifest.merge, weighted=options.weighted)
+    base, checkpoint = _sources_of(artifact, ckpt, base_name, options)
     progress("checking the ledger", 0, 1)
     ledger = check_ledger(artifact, checkpoint, base)
     try:
-        report = verify_numerics(artifact, base, checkpoint, options, progress)
+        report = (verify_numerics if checkpoint.bank is None else verify_bank)(artifact, base, checkpoint, options, progress)
     except (ArtifactError, BackendError) as error:
         if not ledger.faults:
             raise
         ledger.faults.append(f"it does not run: {error}")  # damaged as the faults before it say
         report = Report(ledger, environment=environment())
     report.ledger = ledger
-    if options.localise or (report.numerics is not None and report.numerics.causes):
+    if checkpoint.bank is None and (options.localise or (report.numerics is not None and report.numerics.causes)):
         report.first_divergence = first_divergence(artifact, base, checkpoint, progress)
     return report
+
+
+def _sources_of(artifact: Artifact, ckpt: Path, base_name: str | None, options: VerifyOptions) -> tuple[BaseModel, Checkpoint]:
+    """The base model and the adapter, or adapters, that an artifact is compared with. Raises FloraExportError."""
+    bank, paths = artifact.manifest.bank, (ckpt, *options.others)
+    if len(paths) != (1 if bank is None else len(bank.taken)):
+        raise FloraExportError(
+            f"{artifact.path} holds {1 if bank is None else len(bank.taken)} adapters"
+            + ("" if bank is None else f" ({', '.join(bank.taken)})")
+            + f", but {len(paths)} were given: pass --ckpt once for each, in that order"
+        )
+    if bank is None:
+        return load_sources(ckpt, base_name, merge=artifact.manifest.merge, weighted=options.weighted)
+    members = {slot: (name, path) for (name, slot), path in zip(bank.taken.items(), paths, strict=True)}
+    return load_bank(members, base_name, bank.layout, bank.slots)
 
 
 def explain(path: Path, base_name: str | None, fuse: str, progress: Progress, *, merge: bool = True) -> Explanation:

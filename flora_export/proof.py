@@ -187,13 +187,20 @@ def _check_checkpoint(artifact: Artifact, checkpoint: Checkpoint, initializers: 
             for entry in entries[branch.tensor(matrix)]:
                 if entry.initializer not in initializers:
                     continue  # reported already
-                values = adapter_reader(checkpoint, branch, matrix, dtype_of(artifact, entry, initializers))()
+                room = 0 if entry.form else _room(initializers[entry.initializer], matrix)
+                values = adapter_reader(checkpoint, branch, matrix, dtype_of(artifact, entry, initializers), room)()
                 if digest_of(values.T if artifact.is_checkpoint else values, entry) != entry.sha256:
                     report.faults.append(
                         f"{entry.tensor}: the checkpoint's {matrix}, times {branch.scale:g}, is not what the artifact holds"
                         if matrix == "B"
                         else f"{entry.tensor}: the checkpoint's {matrix} is not what the artifact holds"
                     )
+
+
+def _room(tensor: ir.TensorProtocol, matrix: str) -> int:
+    """The rank that each layer of a stack has a place for; 0 for what is no stack."""
+    dims = tensor.shape.numpy()
+    return 0 if len(dims) < 3 else dims[1 if matrix == "B" else 2]
 
 
 def _check_detours(

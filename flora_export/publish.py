@@ -102,7 +102,8 @@ def generation_faults(artifact: Artifact) -> list[str]:
     if served.ends != ends:
         return [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]
     faults = []
-    for index, (ids, tokens, logits) in enumerate(recorded_prompts(artifact)):
+    for index, recorded in enumerate(recorded_prompts(artifact)):
+        ids, tokens, logits = recorded.ids, recorded.tokens, recorded.logits
         try:
             answer = _greedy(served, ids.tolist(), len(tokens))
         except Exception as error:

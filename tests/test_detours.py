@@ -52,7 +52,7 @@ NUMBERS = {
     for name, (r, i, o) in SHAPES.items()
     for matrix in "AB"
 }
-ADAPTER = cast("Any", SimpleNamespace(tensor=NUMBERS.__getitem__, changes=()))
+ADAPTER = cast("Any", SimpleNamespace(tensor=NUMBERS.__getitem__, changes=(), bank=None))
 
 
 def graph(text: str = PACKED) -> ir.Model:

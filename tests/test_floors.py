@@ -17,6 +17,7 @@ FLOORS = {
     "flora_export.errors": 0,
     "flora_export.quantization": 1,
     "flora_export.branch": 2,
+    "flora_export.bank": 2,
     "flora_export.change": 2,
     "flora_export.base_model": 2,
     "flora_export.rotary": 2,

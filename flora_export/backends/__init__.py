@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from flora_export.artifact import Artifact
+    from flora_export.backends.choice import AdapterChoice
     from flora_export.base_model import BaseModel
     from flora_export.branch import Branch
     from flora_export.manifest import Manifest
@@ -67,6 +68,7 @@ class Runner(Protocol):
 
     runtime: str
     limits: Limits
+    choice: AdapterChoice  # of a bank: which adapter answers which row
 
     def start(self, prompts: list[list[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""

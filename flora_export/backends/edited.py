@@ -16,11 +16,12 @@ IN_FULL = 1  # MatMulNBits' accuracy_level that computes in fp32
 
 
 def edited_graph(artifact: Artifact, *, adapter: bool = True, exact: bool = False) -> bytes:
-    """An artifact's graph, with its adapter or without, as it is or with quantized weights multiplied exactly.
+    """An artifact's graph, with its adapter or without (a bank is left as it is), as it is or with quantized weights multiplied exactly.
 
     Raises:
         FloraExportError: the adapter is merged into the base's weights, so that there is no graph without it.
     """
+    adapter = adapter or artifact.manifest.bank is not None  # a bank is told by each run
     if adapter and not (exact and artifact.manifest.quantization):
         return artifact.model.read_bytes()
     model = ir.load(artifact.model)

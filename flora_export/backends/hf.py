@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Backend, Limits, Plan, Progress, check_can_be_silenced
+from flora_export.backends.choice import AdapterChoice
 from flora_export.backends.hf_layout import branches_in_file, changed, check_neurons, plan, widened
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, positions_of
@@ -162,6 +163,7 @@ class Decoder:
         if wrong:
             raise BackendError(f"transformers does not find its model's tensors in {artifact.path}: {wrong}")
         self.model.eval()
+        self.choice = AdapterChoice(artifact)
         if not adapter:
             self._silence()
 

@@ -43,7 +43,7 @@ def describe(
             "files": checkpoint.digests,
             "config": checkpoint.config,
             "tensors": list(checkpoint.tensors),
-            **({"weights": [weight for _, weight in checkpoint.parts]} if checkpoint.parts else {}),
+            **({"weights": [weight for _, weight in checkpoint.parts]} if checkpoint.parts and checkpoint.bank is None else {}),
         },
         inputs=list(inputs),
         outputs=list(outputs),
@@ -53,6 +53,7 @@ def describe(
         changes=change_records(checkpoint),
         quantization=fused.quantization,
         merge=not checkpoint.detours,
+        bank=checkpoint.bank,
     )
 
 

@@ -16,11 +16,13 @@ import onnxruntime as ort
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Backend, Golden, Limits, Plan, Progress, Runner
+from flora_export.backends.choice import AdapterChoice
 from flora_export.backends.edited import edited_graph
 from flora_export.backends.exposed import expose
 from flora_export.backends.manifest import describe
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
+from flora_export.bank import ADAPTER_IDS
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.capture import capture
@@ -52,7 +54,7 @@ class GraphBackend(Backend):
         if manifest.quantization is not None:
             run_passes(captured.model, [Quantize(manifest.quantization, base.packed)])
         write_model(captured.model, directory)
-        bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[])
+        bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[], bank=None)
         return self.decode(Artifact(directory, bare), exact=exact)
 
     def decode_graph(self, artifact: Artifact, graph: bytes) -> Decoder:
@@ -134,6 +136,8 @@ class Decoder:
     ) -> None:
         """Load the artifact; without its adapter, what each B would add is zeroed in memory, so that the base model is left.
 
+        Of a bank every row has the adapter of the artifact's `slot`, or none, until its `choice` is another.
+
         Args:
             threads: of one operator; 0 leaves it to ONNX Runtime.
             graph: run this graph instead of the artifact's, with the artifact's weights.
@@ -144,6 +148,7 @@ class Decoder:
             BackendError: ONNX Runtime refuses the model, or has no provider for its target.
         """
         self.artifact = artifact
+        self.choice = AdapterChoice(artifact, adapter=adapter)
         self.right = artifact.manifest.padding == "right"
         self.places = artifact.manifest.cache_tokens
         provider = provider or PROVIDERS[artifact.manifest.target]
@@ -203,7 +208,7 @@ class Decoder:
                 self.cache[name] = _in_dtype(np.pad(array, ((0, 0), (0, 0), (0, room), (0, 0))), self.cache_inputs[name].type)
 
     def _run(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Logits:
-        feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions}
+        feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, ADAPTER_IDS: self.choice.ids(len(ids))}
         if self.places and int(positions.max()) >= self.places:
             raise BackendError(f"position {positions.max()} is beyond the {self.places} places of the artifact's KV cache")
         values = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in feeds.items() if n in self.inputs}
@@ -244,6 +249,7 @@ class Bound:
         batch, tokens = ids.shape
         positions = np.tile(np.arange(past, past + tokens), (batch, 1))
         feeds = {"input_ids": ids, "attention_mask": np.ones((batch, past + tokens), np.int64), "position_ids": positions}
+        feeds[ADAPTER_IDS] = self.decoder.choice.ids(batch)
         known = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self.decoder.inputs}
         return {name: ort.OrtValue.ortvalue_from_numpy(value, self.device, 0) for name, value in known.items()}
 

@@ -11,6 +11,8 @@ from flora_export.branch import FUSE_LEVELS
 from flora_export.cli.common import (
     DIRECTORY,
     adapter_option,
+    bank_of,
+    bank_options,
     base_option,
     json_option,
     let_threads_sleep,
@@ -26,7 +28,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 
 
 @click.command()
-@click.argument("ckpt", type=DIRECTORY)
+@click.argument("ckpts", metavar="CKPT...", nargs=-1, required=True, type=DIRECTORY)
 @click.option("--backend", type=click.Choice([*BACKENDS, *PUBLISHED]), required=True, help="Runtime to build for.")
 @base_option
 @click.option("--output", type=DIRECTORY, required=True, help="Directory to make. Refused where it exists.")
@@ -39,6 +41,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 @vacuous_option
 @adapter_option
 @merge_option
+@bank_options
 @click.option("--align", type=click.IntRange(min=1), metavar="N", help="Pad ranks with zeros to a multiple of N; else as the target likes.")
 @quantization_options
 @loss_option
@@ -49,7 +52,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 def build(
     context: click.Context,
     /,
-    ckpt: Path,
+    ckpts: tuple[Path, ...],
     backend: str,
     base: str | None,
     output: Path,
@@ -60,22 +63,26 @@ def build(
     allow_vacuous: bool,
     adapters: tuple[str, ...],
     merge: bool,
+    names: tuple[str, ...],
+    layout: str | None,
+    slots: int | None,
     align: int | None,
     max_quantization_loss: float | None,
     force: bool,
     as_json: bool,
     **settings: object,
 ) -> None:
-    """Build an artifact from the adapter CKPT."""
+    """Build an artifact from the adapter CKPT; from several, a bank, of which each request chooses its own."""
 
     def run() -> int:
         let_threads_sleep()
         from flora_export import pipeline
 
         own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
-        first, weighted = weighted_adapters(ckpt, adapters)
+        bank = bank_of(ckpts, names, layout, slots, adapters)
+        first, weighted = (ckpts[0], ()) if bank is not None else weighted_adapters(ckpts[0], adapters)
         options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, own
+            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, bank, own
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish

@@ -8,11 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from flora_export.bank import LAYOUTS
 from flora_export.errors import FloraExportError
+
+if TYPE_CHECKING:
+    from flora_export.methods.bank import BankOptions
 
 DIRECTORY = click.Path(path_type=Path)
 
@@ -31,6 +35,27 @@ adapter_option = click.option(
 merge_option = click.option(
     "--merge/--no-merge", default=True, show_default=True, help="Merge LoRA into the base's weights, or keep its A and B beside them."
 )
+
+
+def bank_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of a build of several adapters that stay apart."""
+    slots = click.option("--slots", type=click.IntRange(min=1), metavar="N", help="A bank of N places; the empty ones are filled later.")
+    layout = click.option("--bank", "layout", type=click.Choice(LAYOUTS), help="How a bank holds its adapters; else as is faster.")
+    name = click.option("--name", "names", multiple=True, metavar="NAME", help="An adapter's name in a bank, in order.")
+    return name(layout(slots(command)))
+
+
+def bank_of(
+    ckpts: Sequence[Path], names: Sequence[str], layout: str | None, slots: int | None, weighted: Sequence[str]
+) -> BankOptions | None:
+    """The bank that a user wants; None of one adapter by itself."""
+    from flora_export.methods.bank import BankOptions, named
+
+    if len(ckpts) == 1 and not names and layout is None and slots is None:
+        return None
+    if weighted:
+        raise click.UsageError("--adapter adds LoRAs up to one; the adapters of a bank stay apart: give them as CKPT...")
+    return BankOptions(named(ckpts, names), layout, slots)
 
 
 def weighted_adapters(ckpt: Path, others: Sequence[str]) -> tuple[Path, tuple[tuple[Path, float], ...]]:

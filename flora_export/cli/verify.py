@@ -23,7 +23,13 @@ from flora_export.cli.quantization_options import loss_option
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
-@click.option("--ckpt", type=DIRECTORY, help="Adapter to compare with. Without it, the recorded golden vectors are replayed.")
+@click.option(
+    "--ckpt",
+    "ckpts",
+    type=DIRECTORY,
+    multiple=True,
+    help="Adapter to compare with, once for each of a bank's, in order. Without it, the recorded golden vectors are replayed.",
+)
 @adapter_option
 @base_option
 @vacuous_option
@@ -36,7 +42,7 @@ from flora_export.cli.quantization_options import loss_option
 @json_option
 def verify(
     out: Path,
-    ckpt: Path | None,
+    ckpts: tuple[Path, ...],
     adapters: tuple[str, ...],
     base: str | None,
     allow_vacuous: bool,
@@ -57,12 +63,19 @@ def verify(
         from flora_export.verify.formats import write_reports
         from flora_export.verify.parity import VerifyOptions
 
-        if base is not None and ckpt is None:
+        if base is not None and not ckpts:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
-        if adapters and ckpt is None:
+        if adapters and not ckpts:
             raise click.UsageError("--adapter needs --ckpt: it is added to that.")
-        first, weighted = (None, ()) if ckpt is None else weighted_adapters(ckpt, adapters)
-        options = VerifyOptions(allow_vacuous, prompts, localise=localise, max_quantization_loss=max_quantization_loss, weighted=weighted)
+        first, weighted = weighted_adapters(ckpts[0], adapters) if ckpts else (None, ())
+        options = VerifyOptions(
+            allow_vacuous,
+            prompts,
+            localise=localise,
+            max_quantization_loss=max_quantization_loss,
+            weighted=weighted,
+            others=ckpts[1:],
+        )
         found = pipeline.verify(out, first, base, options, progress())
         write_reports(found, open_artifact(out), report, markdown, junit)
         if as_json:

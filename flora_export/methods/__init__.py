@@ -7,7 +7,7 @@ against what the method promises for the configuration and the base model; only 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from flora_export.base_model import BaseModel, file_sha256, load_base, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.errors import CheckpointError
+from flora_export.methods.bank import gathered
 from flora_export.methods.reading import Header, Promise, check_finite, check_header, weights_file
 from flora_export.methods.weighted import combined
 
@@ -53,14 +54,29 @@ def load_sources(
 
     `merge` and errors are those of `load_checkpoint`.
     """
-    name = base_name or read_config(ckpt).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
-    base = load_base(name)
+    base = load_base_of(ckpt, base_name)
     if not weighted:
         return base, load_checkpoint(ckpt, base, merge=merge)
     checkpoint = combined([(load_checkpoint(path, base), weight) for path, weight in weighted])
     return base, checkpoint if merge else checkpoint.unmerged()
+
+
+def load_base_of(ckpt: Path, base_name: str | None) -> BaseModel:
+    """The base model by its name, or without one the base model that an adapter names. Raises CheckpointError."""
+    name = base_name or read_config(ckpt).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
+    return load_base(name)
+
+
+def load_bank(members: Mapping[int, tuple[str, Path]], base_name: str | None, layout: str, slots: int) -> tuple[BaseModel, Checkpoint]:
+    """The adapters of a bank, by slot, as one checkpoint, and their base model: without `base_name`, the one that the first names.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, or an adapter that no bank can hold.
+    """
+    base = load_base_of(next(iter(members.values()))[1], base_name)
+    return base, gathered({slot: (name, load_checkpoint(path, base, merge=False)) for slot, (name, path) in members.items()}, layout, slots)
 
 
 def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Checkpoint:

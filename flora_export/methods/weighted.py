@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from flora_export.bank import slot_tensor
 from flora_export.change import WeightChange
-from flora_export.checkpoint import Checkpoint, part_name
+from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError
 from flora_export.methods.arithmetic import low_ranks
 
@@ -35,7 +36,7 @@ def combined(parts: Sequence[tuple[Checkpoint, float]]) -> Checkpoint:
             )
     changes = []
     for tensor, own in steps.items():
-        sources = tuple(part_name(index, name) for index, change, _ in own for name in change.factors or ())
+        sources = tuple(slot_tensor(index, name) for index, change, _ in own for name in change.factors or ())
         scales = tuple(change.scale * weight for _, change, weight in own)
         what = " + ".join(f"{weight:g} {change.what}" for _, change, weight in own)
         changes.append(WeightChange(tensor, what, sources, partial(low_ranks, scales), sum(change.rank for _, change, _ in own)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from flora_export.bank import COLUMNS, STACK
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch, Detour
 from flora_export.capture import Capture
@@ -16,6 +17,7 @@ from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
 from flora_export.passes.attach_detours import AttachDetours, place_detours
+from flora_export.passes.bank import ReadAdapterIds, SelectAdapters, beside_each_other
 from flora_export.passes.change_weights import ChangeWeights
 from flora_export.passes.choose_rotary import ChooseRotary
 from flora_export.passes.fold_neurons import FoldNeurons
@@ -89,8 +91,8 @@ def fuse_adapter(
     lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
     lowered = run_passes(capture.model, lowered)
     before = operator_counts(capture.model)
-    if quantization is not None and not quantization.fusable:
-        fuse = "none"
+    if (quantization is not None and not quantization.fusable) or (checkpoint.bank is not None and checkpoint.bank.layout == STACK):
+        fuse = "none"  # what a row gathers is its own
     branches = place_branches(capture.model, checkpoint, base, align, fuse, quantization)
     detours = place_detours(capture.model, checkpoint, base)
     if detours and quantization is not None and quantization.adapter_bits:
@@ -107,7 +109,8 @@ def place_branches(
     model: ir.Model, checkpoint: Checkpoint, base: BaseModel, align: int, fuse: str, quantization: Quantization | None = None
 ) -> tuple[Branch, ...]:
     """The adapter's branches with their hosts in a graph, padded: beside their rank, and to a block of their own below the host's rows."""
-    padded = [dataclasses.replace(branch, padding=-branch.rank % align) for branch in checkpoint.branches]
+    branches = checkpoint.branches if checkpoint.bank is None else beside_each_other(checkpoint.branches, checkpoint.bank)
+    padded = [dataclasses.replace(branch, padding=-branch.rank % align) for branch in branches]
     placed = find_hosts(model, padded, base.width)
     if quantization is None or fuse not in ("backward", "both"):
         return placed
@@ -132,6 +135,8 @@ def passes_for(
 ) -> list[ir.passes.InPlacePass]:
     """The passes of a fusion level, in order, for a form of the capture. A checkpoint that changes weights needs the base model."""
     order: list[ir.passes.InPlacePass] = []
+    if checkpoint.bank is not None:
+        order.append(ReadAdapterIds(checkpoint.bank, form))
     if checkpoint.changes:
         assert base is not None
         order.append(ChangeWeights(checkpoint, base))  # before what widens weights: it knows them as the capture has made them
@@ -146,6 +151,8 @@ def passes_for(
         order.append(FuseForward(branches, detours))
     if branches and fuse in ("backward", "both"):
         order.append(FuseBackward(branches))
+    if checkpoint.bank is not None and checkpoint.bank.layout == COLUMNS:
+        order.append(SelectAdapters(checkpoint.bank))  # last, so that the others see what they know
     if quantization is not None:
         order.append(Quantize(quantization, base.packed if base is not None else None))  # the others know floating-point weights alone
     return order
@@ -174,7 +181,8 @@ def run_passes(model: ir.Model, passes: Sequence[ir.passes.InPlacePass]) -> list
             if isinstance(error.__cause__, FusionError):
                 raise error.__cause__ from error
             raise FusionError(f"{type(pass_).__name__}: {error.__cause__ or error}") from error
-        if _interface(model) != before and not (isinstance(pass_, LowerAttention) and pass_.cache_tokens):
+        promised = isinstance(pass_, ReadAdapterIds) or (isinstance(pass_, LowerAttention) and pass_.cache_tokens)
+        if _interface(model) != before and not promised:
             raise FusionError(f"{type(pass_).__name__} changed the graph's inputs or outputs")
     return changed
 

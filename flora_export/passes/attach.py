@@ -4,7 +4,8 @@
     after    x ─┬─ block ─────────────── y ── Add ── y'
                 └─ A ── φ ── z ── sB ─────────┘
 
-A gated branch has z = act(G x) ⊙ (A x), with the host MLP's own activation copied node for node.
+A gated branch has z = act(G x) ⊙ (A x), with the host MLP's own activation copied node for node. In a bank that is a stack, A, G and B are
+those that a row's index gathers: A is stack[index], [batch, d, r].
 The scale s is folded into B in fp32, before the cast to the graph's precision.
 """
 
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from flora_export.bank import BASE, slot_of
 from flora_export.branch import GATED, Branch
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
+from flora_export.passes.bank import index_of
 from flora_export.passes.hosts import clone_chain, host_node, neurons
 from flora_export.weights import Array, Part, Stacked, add_weight, parts_of, zeros
 
@@ -77,17 +80,32 @@ class Attach(ir.passes.InPlacePass):
         dtype = model.graph.initializers[branch.writes[0]].dtype
         assert dtype is not None
         width = next(iter(model.graph.initializers[branch.reads[0]].shape or ()))
-        axis, other = (0, width) if matrix == "B" else (1, width)  # the stacking axis is the one of size r
-        assert isinstance(other, int)
-        # φ(0) meets rows of zeros: nothing is added
-        lead, padding = (
-            [zeros([size, other] if axis == 0 else [other, size], axis, dtype)] if size else [] for size in (branch.lead, branch.padding)
-        )
-        parts = [*lead, _part(self.checkpoint, branch, matrix, dtype), *padding]
-        tensor = Stacked(weight_name(branch, matrix), parts, axis, dtype, [other])
-        node = _node("MatMul", [source, add_weight(model, tensor)], f"{branch.block}.ffba_{matrix}")
+        assert isinstance(width, int)
+        weight = add_weight(model, (self._stack if branch.slots else self._side_by_side)(branch, matrix, width, dtype))
+        if branch.slots:
+            nodes.append(_node("Gather", [weight, index_of(model)], f"{branch.block}.ffba_{matrix}_own"))
+            weight = nodes[-1].outputs[0]
+        node = _node("MatMul", [source, weight], f"{branch.block}.ffba_{matrix}")
         nodes.append(node)
         return node.outputs[0]
+
+    def _side_by_side(self, branch: Branch, matrix: str, width: int, dtype: ir.DataType) -> Stacked:
+        """A as [d, r] or B as [r, d], the adapters of a bank along the axis of size r."""
+        axis = 0 if matrix == "B" else 1
+        # φ(0) meets rows of zeros: nothing is added
+        lead, padding = (
+            [zeros([size, width] if axis == 0 else [width, size], axis, dtype)] if size else [] for size in (branch.lead, branch.padding)
+        )
+        parts = [*lead, *(_part(self.checkpoint, own, matrix, dtype) for own in branch.own), *padding]
+        return Stacked(weight_name(branch, matrix), parts, axis, dtype, [width])
+
+    def _stack(self, branch: Branch, matrix: str, width: int, dtype: ir.DataType) -> Stacked:
+        """A as [1 + slots, d, r] or B as [1 + slots, r, d]: zeros for the base model, then the adapters by slot."""
+        room = branch.columns
+        dims = [room, width] if matrix == "B" else [width, room]
+        taken = {slot_of(own.tensor(matrix)): _part(self.checkpoint, own, matrix, dtype, room) for own in branch.members}
+        parts = [taken.get(slot) or zeros([1, *dims], 0, dtype) for slot in range(BASE, branch.slots)]
+        return Stacked(weight_name(branch, matrix), parts, 0, dtype, dims)
 
 
 # φ as operators; an input of -1 is A x, others count the branch's nodes from the A projection (0).
@@ -103,7 +121,8 @@ def _holds(model: ir.Model, branch: Branch, matrix: str) -> bool:
     """Whether a matrix is in the graph: on its own, or within a host that a pass has widened."""
     initializers = model.graph.initializers
     hosts = [initializers[name] for name in (*branch.reads, *branch.writes, weight_name(branch, matrix)) if name in initializers]
-    return any(part.tensor == branch.tensor(matrix) for host in hosts for part in parts_of(host)[1])
+    held = {part.tensor for host in hosts for part in parts_of(host)[1]}
+    return all(own.tensor(matrix) in held for own in branch.own)
 
 
 def weight_name(branch: Branch, matrix: str) -> str:
@@ -117,20 +136,28 @@ def _node(operator: str, inputs: Sequence[ir.Value], name: str) -> ir.Node:
     return node
 
 
-def _part(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType) -> Part:
-    """A matrix as it stands in the graph: [in, out], B times s, in the graph's precision."""
+def _part(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType, room: int = 0) -> Part:
+    """A matrix as it stands in the graph: [in, out], B times s, in the graph's precision; in a stack one layer of it."""
     scale = branch.scale if matrix == "B" else 1.0
-    return Part(branch.tensor(matrix), "adapter", branch.rank, scale, adapter_reader(checkpoint, branch, matrix, dtype))
+    reader = adapter_reader(checkpoint, branch, matrix, dtype, room)
+    return Part(branch.tensor(matrix), "adapter", 1 if room else branch.rank, scale, reader)
 
 
-def adapter_reader(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType) -> Callable[[], Array]:
-    """Reads a matrix of the checkpoint as the graph holds it. Raises FusionError where a number overflows the precision."""
+def adapter_reader(checkpoint: Checkpoint, branch: Branch, matrix: str, dtype: ir.DataType, room: int = 0) -> Callable[[], Array]:
+    """Reads a matrix of the checkpoint as the graph holds it; with `room`, in a stack for ranks up to that, zeros beside its own.
+
+    Raises FusionError where a number overflows the precision.
+    """
 
     def read() -> Array:
         values = checkpoint.matrix(branch, matrix)
         if matrix == "B":
             values = values * np.float32(branch.scale)
-        return cast_scaled(values.T, dtype, f"{branch.block} {matrix}")
+        values = values.T
+        if room:
+            beside = (0, room - branch.rank)
+            values = np.pad(values, (beside, (0, 0)) if matrix == "B" else ((0, 0), beside))[None]
+        return cast_scaled(values, dtype, f"{branch.block} {matrix}")
 
     return read
 

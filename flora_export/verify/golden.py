@@ -4,6 +4,7 @@
     prompt.{i}.input_ids   int64 [tokens]
     prompt.{i}.tokens      int64 [steps]              the greedy continuation
     prompt.{i}.logits      float32 [steps, vocabulary]  after the prompt, and after each token but the last
+    prompt.{i}.adapter     int64 [1]                  of a bank: the slot of the adapter that answers
 
 Logits are rounded to 18 bits after the largest's leading one, well below what a replay allows, so that the file's bytes are the same
 whatever processor computed them.
@@ -12,7 +13,8 @@ whatever processor computed them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,31 @@ BITS = 18
 Ids = npt.NDArray[np.int64]
 
 
-def write_golden(expected: Sequence[Expected], directory: Path) -> None:
-    """Record the truth for the first prompts."""
+@dataclass(frozen=True)
+class Recording:
+    """What is recorded of a prompt; `slot` says which adapter of a bank has answered."""
+
+    item: Expected
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A recorded prompt as it was read."""
+
+    ids: Ids
+    tokens: Ids
+    logits: Logits
+    slot: int | None = None
+
+
+def write_golden(recordings: Sequence[Recording], directory: Path) -> None:
+    """Record the truth."""
     tensors: dict[str, npt.NDArray[Any]] = {}
-    for index, item in enumerate(expected[:PROMPT_COUNT]):
+    for index, recording in enumerate(recordings):
+        item = recording.item
+        if recording.slot is not None:
+            tensors[f"prompt.{index}.adapter"] = np.array([recording.slot], np.int64)
         tensors[f"prompt.{index}.input_ids"] = np.array(item.prompt, np.int64)
         tensors[f"prompt.{index}.tokens"] = np.array(item.tokens, np.int64)
         tensors[f"prompt.{index}.logits"] = _rounded(item.adapted[len(item.prompt) - 1 : -1])
@@ -49,8 +72,8 @@ def _rounded(logits: Logits) -> Logits:
     return rounded
 
 
-def recorded_prompts(artifact: Artifact) -> list[tuple[Ids, Ids, Logits]]:
-    """The input_ids, tokens and logits of each recorded prompt, checked for shape.
+def recorded_prompts(artifact: Artifact) -> list[Recorded]:
+    """The recorded prompts, checked for shape; of a bank, for slots that there are.
 
     Raises:
         ArtifactError: there are no golden vectors, or they are damaged.
@@ -61,14 +84,20 @@ def recorded_prompts(artifact: Artifact) -> list[tuple[Ids, Ids, Logits]]:
     try:
         tensors = load_file(file)
         count = sum(name.endswith(".input_ids") for name in tensors)
-        recorded = [(tensors[f"prompt.{i}.input_ids"], tensors[f"prompt.{i}.tokens"], tensors[f"prompt.{i}.logits"]) for i in range(count)]
+        recorded = [
+            Recorded(
+                tensors[f"prompt.{i}.input_ids"], tensors[f"prompt.{i}.tokens"], tensors[f"prompt.{i}.logits"], _slot(artifact, tensors, i)
+            )
+            for i in range(count)
+        ]
     except (SafetensorError, KeyError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error}). Build the artifact again.") from error
     vocabulary = artifact.manifest.outputs[0].shape[-1]
     sound = [
-        ids.ndim == tokens.ndim == 1 and len(ids) and len(tokens) and logits.shape == (len(tokens), vocabulary)
-        and all(a.dtype == np.int64 and a.min() >= 0 and a.max() < vocabulary for a in (ids, tokens))
-        for ids, tokens, logits in recorded
+        each.ids.ndim == each.tokens.ndim == 1 and len(each.ids) and len(each.tokens)
+        and each.logits.shape == (len(each.tokens), vocabulary)
+        and all(a.dtype == np.int64 and a.min() >= 0 and a.max() < vocabulary for a in (each.ids, each.tokens))
+        for each in recorded
     ]  # fmt: skip
     if not count or not all(sound):
         raise ArtifactError(
@@ -77,13 +106,26 @@ def recorded_prompts(artifact: Artifact) -> list[tuple[Ids, Ids, Logits]]:
     return recorded
 
 
+def _slot(artifact: Artifact, tensors: Mapping[str, npt.NDArray[Any]], index: int) -> int | None:
+    """The adapter of a recorded prompt; None where the artifact is no bank. Raises KeyError: there is none of it, or no such slot."""
+    bank = artifact.manifest.bank
+    if bank is None:
+        return None
+    slot = int(tensors[f"prompt.{index}.adapter"].reshape(-1)[0])
+    if slot not in bank.taken.values():
+        raise KeyError(f"prompt.{index}.adapter is {slot}, which is no slot that is taken")
+    return slot
+
+
 def replay(artifact: Artifact, runner: Runner) -> list[str]:
     """Run the recorded prompts and compare. Returns faults, a line each. Raises ArtifactError as `recorded_prompts` does."""
     faults = []
-    for index, (ids, tokens, expected) in enumerate(recorded_prompts(artifact)):
-        got = run_forced(runner, [ids.tolist()], [tokens.tolist()[:-1]])[0][len(ids) - 1 :]
-        off = float(np.abs(got - expected).max())
-        allowed = allowed_error(artifact, expected)
+    for index, recorded in enumerate(recorded_prompts(artifact)):
+        if recorded.slot is not None:
+            runner.choice.choose(recorded.slot)
+        got = run_forced(runner, [recorded.ids.tolist()], [recorded.tokens.tolist()[:-1]])[0][len(recorded.ids) - 1 :]
+        off = float(np.abs(got - recorded.logits).max())
+        allowed = allowed_error(artifact, recorded.logits)
         if not off <= allowed:
             faults.append(f"golden prompt {index}: logits are off by {off:.3g} (allowed {allowed:.3g})")
     return faults

@@ -14,9 +14,9 @@ from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.proof import LedgerReport
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Run, ask_eager, compare, expect, expect_near_limit, measure_floors
-from flora_export.verify.golden import PROMPT_COUNT, replay, write_golden
+from flora_export.verify.golden import PROMPT_COUNT, Recording, replay, write_golden
 from flora_export.verify.localise import block_errors, localise, observed
-from flora_export.verify.numerics import Numerics
+from flora_export.verify.numerics import Expected, Numerics
 from flora_export.verify.price import measure_price
 from flora_export.verify.prompts import encode_prompts, tokenizer_faults
 from flora_export.verify.report import Report
@@ -29,6 +29,7 @@ class VerifyOptions:
     golden: bool = False  # record golden vectors
     max_quantization_loss: float | None = None  # nats per token
     weighted: tuple[tuple[Path, float], ...] = ()  # several adapters as one, the checkpoint the first of them
+    others: tuple[Path, ...] = ()  # of a bank: the adapters after the checkpoint, by slot
     localise: bool = False  # name the first block that diverges even where all is right
 
 
@@ -44,6 +45,17 @@ def verify_numerics(
     Raises:
         FloraExportError: the sources or the artifact cannot be loaded or run.
     """
+    report, expected = compared(artifact, base, checkpoint, options, progress)
+    if options.golden:
+        with writing(artifact.path):
+            write_golden([Recording(item) for item in expected[:PROMPT_COUNT]], artifact.path)
+    return report
+
+
+def compared(
+    artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, options: VerifyOptions, progress: Progress
+) -> tuple[Report, list[Expected]]:
+    """The report, and the truth that the artifact was compared with."""
     from flora_export.reference import Reference  # imports torch: only where eager PyTorch is needed
     from flora_export.verify.quantized_reference import QuantizedReference, with_rounding
 
@@ -61,9 +73,6 @@ def verify_numerics(
     expected = expect(eager, prompts, lambda done, of: progress("asking PyTorch in fp64", done, of))
     budget = sum(file.stat().st_size for file in base.weights) // 4
     near_limit = expect_near_limit(eager, runners[0].cache_shapes(), context, (prompts[0] * 3)[:LIMIT_STEPS], budget)
-    if options.golden:
-        with writing(artifact.path):
-            write_golden(expected, artifact.path)
     progress("measuring the noise floor", 0, 1)
     runs = [*((item, None) for item in expected), near_limit]
     ask_eager(eager, runs)
@@ -92,7 +101,7 @@ def verify_numerics(
         report.price, report.max_quantization_loss = price, options.max_quantization_loss
     if rounded:
         report.kernels = _as_it_runs(artifact, base, rounded, source, progress)
-    return report
+    return report, expected
 
 
 def _as_it_runs(artifact: Artifact, base: BaseModel, rounded: Sequence[Run], source: str, progress: Progress) -> Numerics:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from flora_export.artifact import ENGINE, Artifact
+from flora_export.backends.choice import AdapterChoice
 from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.backends.tensorrt.engine import logged
 from flora_export.backends.tensorrt.flavour import Flavour, load_flavour, machine_capability
@@ -73,6 +74,7 @@ class EngineDecoder:
         self.artifact, self.plan, self.device = artifact, engine_plan(artifact), torch.device(device)
         self.flavour = check_runnable(artifact, self.plan, machine_capability())
         self.limits = self.plan.limits
+        self.choice = AdapterChoice(artifact)
         self.static, self.right = artifact.manifest.cache_tokens, artifact.manifest.padding == "right"
         with logged(self.flavour) as (logger, self.log):
             runtime = self.flavour.trt.Runtime(logger)

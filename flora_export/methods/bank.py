@@ -1,0 +1,88 @@
+"""Adapters of one base model as the members of a bank, each with a slot and a name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora_export.bank import BASE_NAME, COLUMNS, LAYOUTS, NAME, STACK, Bank, slot_tensor
+from flora_export.checkpoint import Checkpoint
+from flora_export.errors import CheckpointError, FloraExportError
+
+# Side by side, every adapter adds its columns to every row's work; gathered, a row pays for its own alone, and for the gathering. Measured
+# where the two cross: docs/bank.md.
+MOST_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class BankOptions:
+    """What a user wants: adapters by slot, with their names; `slots` and `layout` None where nothing is said of them."""
+
+    members: tuple[tuple[str, Path], ...]
+    layout: str | None = None
+    slots: int | None = None
+
+    def chosen_layout(self, precision: str) -> str:
+        """Raises FloraExportError: slots to be filled later, or a quantized base, where adapters stand side by side."""
+        slots, needs_stack = self.slots or len(self.members), self.slots is not None
+        if slots < len(self.members):
+            raise FloraExportError(f"--slots {slots}: there are {len(self.members)} adapters")
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise FloraExportError(f"--bank {self.layout!r}: there are {', '.join(LAYOUTS)}")
+        if self.layout == COLUMNS and needs_stack:
+            raise FloraExportError(f"--slots makes places that are filled later, which only --bank {STACK} has")
+        precise = precision not in ("int4", "int8")  # in a stack adapters keep their precision
+        return self.layout or (COLUMNS if precise and not needs_stack and len(self.members) <= MOST_COLUMNS else STACK)
+
+
+def named(paths: Sequence[Path], names: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """Adapters by their names; without these, by the last part of each path.
+
+    Raises:
+        CheckpointError: there are more or fewer names than adapters, two are the same, or one cannot be.
+    """
+    chosen = list(names) or [re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name).lstrip("._-")[:64] for path in paths]
+    if len(chosen) != len(paths):
+        raise CheckpointError(f"{len(chosen)} names ({', '.join(chosen)}) for {len(paths)} adapters: give --name once for each, in order")
+    for name in chosen:
+        if not NAME.fullmatch(name) or name == BASE_NAME:
+            raise CheckpointError(f"{name!r} cannot be an adapter's name: up to 64 letters, digits, '.', '_', '-', and not {BASE_NAME!r}")
+        if chosen.count(name) > 1:
+            raise CheckpointError(f"two adapters have the name {name!r}: give each its own with --name, in order")
+    return tuple(zip(chosen, paths, strict=True))
+
+
+def gathered(members: Mapping[int, tuple[str, Checkpoint]], layout: str, slots: int) -> Checkpoint:
+    """Adapters by slot, each with its name, as one checkpoint whose tensors are named `0:...`, `1:...` by slot.
+
+    Raises:
+        CheckpointError: one of them changes the base's own weights, which the others need as they are.
+    """
+    branches, detours = [], []
+    for slot, (name, checkpoint) in members.items():
+        if checkpoint.changes:
+            change = checkpoint.changes[0]
+            raise CheckpointError(
+                f"{checkpoint.path} ({name}): {change.what} changes {change.tensor} itself, which all adapters of a bank share. In a bank "
+                "there are FFBA and LoRA, as A and B beside the base."
+            )
+        if checkpoint.detours and layout == STACK:
+            raise CheckpointError(
+                f"{checkpoint.path} ({name}) is a LoRA, and a stack has places for FFBA alone: build with --bank {COLUMNS}"
+            )
+        branches += [dataclasses.replace(branch, keys=slot_tensor(slot, branch.keys)) for branch in checkpoint.branches]
+        detours += [dataclasses.replace(d, a=slot_tensor(slot, d.a), b=slot_tensor(slot, d.b)) for d in checkpoint.detours]
+    digests = {f"{slot}/{name}": sha for slot, (_, each) in members.items() for name, sha in each.digests.items()}
+    names = tuple(members[slot][0] if slot in members else "" for slot in range(slots))
+    own = tuple(members[slot][1].digest if slot in members else "" for slot in range(slots))
+    return dataclasses.replace(
+        next(iter(members.values()))[1],
+        branches=tuple(branches),
+        detours=tuple(detours),
+        digests=digests,
+        parts=tuple((members[slot][1].path if slot in members else Path(), 1.0) for slot in range(slots)),
+        bank=Bank(layout, names, own),
+    )
