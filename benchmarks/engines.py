@@ -16,7 +16,7 @@ from typing import Any
 from common import random_adapter, write_result
 
 from flora_export.artifact import MODEL
-from flora_export.backends.onnxruntime import describe_value
+from flora_export.backends.graph_files import describe_value
 from flora_export.backends.tensorrt.engine import build_engine
 from flora_export.backends.tensorrt.flavour import load_flavour
 from flora_export.backends.tensorrt.layers import report_layers

@@ -223,7 +223,8 @@ def save_sources(base: nn.Module, rank: int, work: Path) -> None:
 def make_decoder(arm: str, work: Path, target: str, precision: str) -> Any:
     """An arm as flora_export builds it, loaded into ONNX Runtime: a `flora_export.backends.onnxruntime.Decoder`."""
     from flora_export.artifact import Artifact
-    from flora_export.backends.onnxruntime import Decoder, write_graph
+    from flora_export.backends.graph_files import write_graph
+    from flora_export.backends.onnxruntime import Decoder
     from flora_export.base_model import load_base
     from flora_export.capture import capture
     from flora_export.ledger import write_model

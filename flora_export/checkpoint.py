@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """One SHA-256 over the files of the adapter."""
-        return hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in sorted(self.digests.items())).encode()).hexdigest()
+        return digest_of_files(self.digests)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -79,3 +80,8 @@ class Checkpoint:
     def changed(self, change: WeightChange, weight: npt.NDArray[Any]) -> Doubles:
         """W' of a change in fp64, from W as the base model's file has it."""
         return change.derive(weight.astype(np.float64), [self.tensor(name).astype(np.float64) for name in change.sources])
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over files, of the SHA-256 of each by its name."""
+    return hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in sorted(digests.items())).encode()).hexdigest()

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from flora_export.bank import Bank
 from flora_export.manifest import BlockRecord, ChangeRecord, LedgerEntry
 from flora_export.proof import LedgerReport
 from flora_export.provenance import read_name
@@ -25,6 +26,7 @@ class Explanation:
     entries: list[LedgerEntry]
     report: LedgerReport | None = None
     align: int = 1
+    bank: Bank | None = None
     details: dict[str, Any] = field(default_factory=dict)  # what the backend adds, for programs
     lines: list[str] = field(default_factory=list)  # and for the eye
 
@@ -39,6 +41,7 @@ class Explanation:
             "faults": self.faults,
             "slices_checked": 0 if self.report is None else self.report.checked,
             "bytes": {} if self.report is None else self.report.bytes,
+            "adapters": self.bank.taken if self.bank is not None else {},
             "blocks": [dataclasses.asdict(block) for block in self.blocks],
             "operators": self.operators,
             "tensors": [dataclasses.asdict(entry) for entry in self.entries if entry.origin == "adapter"],
@@ -51,6 +54,9 @@ class Explanation:
     def to_text(self) -> str:
         """The same for the eye: a row per block, then the operators, what the backend adds, and the verdict."""
         lines = [*_table(self.blocks), *_changes(self.changes, self.entries), ""]
+        if self.bank is not None:
+            taken = ", ".join(f"{slot} {name}" for name, slot in self.bank.taken.items())
+            lines.append(f"adapters ({self.bank.layout}, {self.bank.slots} slots): {taken}")
         for label, names in COUNTED.items():
             before, after = (sum(self.operators[when].get(name, 0) for name in names) for when in ("before", "after"))
             lines.append(f"{label:<7} {before} in the base model, {after} with the adapter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
         if options.bank is None:
             base, checkpoint = load_sources(ckpt, base_name, merge=options.merge, weighted=options.weighted)
         else:
-            layout, slots = options.bank.chosen_layout(options.precision), options.bank.slots or len(options.bank.members)
-            base, checkpoint = load_bank(dict(enumerate(options.bank.members)), base_name, layout, slots)
+            bank, members = options.bank, dict(enumerate(options.bank.members))
+            layout = partial(bank.layout_for, precision=options.precision)
+            base, checkpoint = load_bank(members, base_name, layout, bank.slots or len(members))
         backend, golden = load_backend(options.backend), golden_prompts(base)
+        if checkpoint.bank is not None and not backend.banks:
+            raise FloraExportError(f"--backend {options.backend} takes one adapter; a bank is built for onnxruntime and triton")
         plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
         progress("capturing the base model", 0, 1)
         quantization = plan.quantization
@@ -131,7 +135,7 @@ def _sources_of(artifact: Artifact, ckpt: Path, base_name: str | None, options: 
     if bank is None:
         return load_sources(ckpt, base_name, merge=artifact.manifest.merge, weighted=options.weighted)
     members = {slot: (name, path) for (name, slot), path in zip(bank.taken.items(), paths, strict=True)}
-    return load_bank(members, base_name, bank.layout, bank.slots)
+    return load_bank(members, base_name, lambda _: bank.layout, bank.slots)
 
 
 def explain(path: Path, base_name: str | None, fuse: str, progress: Progress, *, merge: bool = True) -> Explanation:
@@ -145,7 +149,8 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress, *,
         progress("checking the ledger", 0, 1)
         manifest, report = artifact.manifest, check_ledger(artifact)
         details, lines = backend_of(artifact).explain(artifact)
-        return Explanation(manifest.blocks, manifest.changes, manifest.operators, manifest.ledger, report, manifest.align, details, lines)
+        found = (manifest.blocks, manifest.changes, manifest.operators, manifest.ledger, report, manifest.align, manifest.bank)
+        return Explanation(*found, details, lines)
     base, checkpoint = load_sources(path, base_name, merge=merge)
     progress("capturing the base model", 0, 1)
     fused = fuse_adapter(capture(base, "cpu", "fp32"), base, checkpoint, fuse)

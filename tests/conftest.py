@@ -70,6 +70,14 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Those of a bank, by name."""
+    from tests.banks import make_adapters
+
+    return make_adapters(base, tmp_path_factory.mktemp("bank"))
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     if not (SMOLLM2 / "model.safetensors").is_file():
         pytest.skip(f"no SmolLM2 at {SMOLLM2}: make models/smollm2 makes it")

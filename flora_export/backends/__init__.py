@@ -90,6 +90,7 @@ class Backend(ABC):
     targets: Mapping[str, str]  # target -> form of the capture; the first is built for where none is named
     aligned: Mapping[str, int] = {}  # precision -> the multiple that ranks are padded to; 1 where it is silent
     unquantized = ""  # why it builds no int4 and int8 artifacts, and what to do; empty where it does
+    banks = False  # whether an artifact can hold several adapters, each chosen by itself
     runs_graph = True  # whether a graph that is not finished yet can be run, to find where a build goes wrong
 
     def form(self, target: str) -> str:

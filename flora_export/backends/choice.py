@@ -26,8 +26,8 @@ class AdapterChoice:
             raise FloraExportError(f"{self.artifact.path} holds one adapter, so there is none to choose")
         wanted = (slots,) if isinstance(slots, int) else tuple(slots)
         for slot in wanted:
-            if slot != BASE and slot not in bank.taken.values():
-                raise FloraExportError(f"{self.artifact.path} has no adapter in slot {slot}; {BASE} is the base model")
+            if not BASE <= slot < bank.slots:
+                raise FloraExportError(f"{self.artifact.path} has {bank.slots} slots, and no slot {slot}; {BASE} is the base model")
         self.chosen = slots if isinstance(slots, int) else wanted
 
     def ids(self, rows: int) -> npt.NDArray[np.int64]:

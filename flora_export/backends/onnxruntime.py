@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import onnxruntime as ort
 
 from flora_export.artifact import Artifact
@@ -19,7 +18,7 @@ from flora_export.backends import Backend, Golden, Limits, Plan, Progress, Runne
 from flora_export.backends.choice import AdapterChoice
 from flora_export.backends.edited import edited_graph
 from flora_export.backends.exposed import expose
-from flora_export.backends.manifest import describe
+from flora_export.backends.graph_files import write_graph
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
 from flora_export.bank import ADAPTER_IDS
@@ -27,13 +26,12 @@ from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.capture import capture
 from flora_export.errors import BackendError
-from flora_export.ledger import block_records, write_model
-from flora_export.manifest import Manifest, Tensor
+from flora_export.ledger import write_model
+from flora_export.manifest import Manifest
 from flora_export.passes import Fused, lowering, run_passes
 from flora_export.passes.quantize import Quantize
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-COPIED = ("config.json", "generation_config.json", "chat_template.jinja")
 
 Logits = npt.NDArray[np.float32]
 
@@ -64,6 +62,7 @@ class GraphBackend(Backend):
 
 class OnnxRuntime(GraphBackend):
     name = "onnxruntime"
+    banks = True
     targets = {"cpu": "cpu", "cuda": "cuda"}  # noqa: RUF012  # never written to
 
     def options(self, given: Mapping[str, Any]) -> QuantizationOptions:
@@ -88,34 +87,6 @@ class OnnxRuntime(GraphBackend):
         return Bound(self.decode(artifact, threads=threads))
 
 
-def write_graph(fused: Fused, directory: Path, backend: str, target: str, progress: Progress) -> Manifest:
-    """Write the model and what runtimes need beside it, for any backend whose artifact holds the graph."""
-    model, base = fused.model, fused.base
-    blocks = block_records(fused)
-    ledger = write_model(model, directory, lambda done, of: progress("writing", done, of))
-    fused.capture.write_runtime_files(base, directory, target)
-    for name in COPIED:
-        if (base.path / name).is_file():
-            shutil.copyfile(base.path / name, directory / name)
-    grouped = any(node.op_type == "GroupQueryAttention" for node in model.graph)
-    return describe(
-        fused,
-        backend=backend,
-        target=target,
-        padding="right" if grouped or fused.cache_tokens else "left",
-        versions={"onnxruntime": ort.__version__},
-        inputs=[describe_value(value) for value in model.graph.inputs],
-        outputs=[describe_value(value) for value in model.graph.outputs],
-        blocks=blocks,
-        ledger=ledger,
-    )
-
-
-def describe_value(value: ir.Value) -> Tensor:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    return Tensor(value.name, value.dtype.name, [d if isinstance(d, int) else str(d) for d in value.shape])
-
-
 class Decoder:
     """An artifact in ONNX Runtime, decoding a batch of prompts with a KV cache.
 
@@ -133,6 +104,7 @@ class Decoder:
         graph: bytes | None = None,
         provider: str | None = None,
         exact: bool = False,
+        initializers: Mapping[str, Any] | None = None,
     ) -> None:
         """Load the artifact; without its adapter, what each B would add is zeroed in memory, so that the base model is left.
 
@@ -143,6 +115,7 @@ class Decoder:
             graph: run this graph instead of the artifact's, with the artifact's weights.
             provider: execution provider of ONNX Runtime; without it, the one of the artifact's target.
             exact: multiply quantized weights in fp32, where ONNX Runtime would round activations to int8.
+            initializers: OrtValues, by name, that are read in place of those in the file.
 
         Raises:
             BackendError: ONNX Runtime refuses the model, or has no provider for its target.
@@ -164,6 +137,9 @@ class Decoder:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # a DequantizeLinear is what the graph says it is
         model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
+        self.initializers = dict(initializers or {})  # the session reads their memory
+        for name, value in self.initializers.items():
+            options.add_initializer(name, value)
         try:
             self.session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:  # ONNX Runtime raises several types, none public
@@ -174,6 +150,12 @@ class Decoder:
         self.inputs = {i.name for i in self.session.get_inputs()}
         self.runtime = f"ONNX Runtime {ort.__version__}, {provider}"
         self.limits = Limits(self.places, self.places) if self.places else Limits()
+
+    def sibling(self) -> Decoder:
+        """A decoder of another batch, on the same session."""
+        other = copy.copy(self)
+        other.choice, other.cache = AdapterChoice(self.artifact), {}
+        return other
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
         """Prefill. Returns for each prompt the logits [tokens, vocabulary] of its own tokens, padding left out."""

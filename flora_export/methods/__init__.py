@@ -7,7 +7,7 @@ against what the method promises for the configuration and the base model; only 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -69,14 +69,19 @@ def load_base_of(ckpt: Path, base_name: str | None) -> BaseModel:
     return load_base(name)
 
 
-def load_bank(members: Mapping[int, tuple[str, Path]], base_name: str | None, layout: str, slots: int) -> tuple[BaseModel, Checkpoint]:
+def load_bank(
+    members: Mapping[int, tuple[str, Path]], base_name: str | None, layout: Callable[[Sequence[Checkpoint]], str], slots: int
+) -> tuple[BaseModel, Checkpoint]:
     """The adapters of a bank, by slot, as one checkpoint, and their base model: without `base_name`, the one that the first names.
+
+    `layout` chooses the bank's, when they have been read.
 
     Raises:
         CheckpointError: as `load_checkpoint`, or an adapter that no bank can hold.
     """
     base = load_base_of(next(iter(members.values()))[1], base_name)
-    return base, gathered({slot: (name, load_checkpoint(path, base, merge=False)) for slot, (name, path) in members.items()}, layout, slots)
+    loaded = {slot: (name, load_checkpoint(path, base, merge=False)) for slot, (name, path) in members.items()}
+    return base, gathered(loaded, layout([checkpoint for _, checkpoint in loaded.values()]), slots)
 
 
 def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 from flora_export.bank import BASE_NAME, COLUMNS, LAYOUTS, NAME, STACK, Bank, slot_tensor
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError, FloraExportError
+from flora_export.quantization import BITS
 
 # Side by side, every adapter adds its columns to every row's work; gathered, a row pays for its own alone, and for the gathering. Measured
 # where the two cross: docs/bank.md.
-MOST_COLUMNS = 4
+MOST_COLUMNS = 128  # of all adapters together, beside one block
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,22 @@ class BankOptions:
     layout: str | None = None
     slots: int | None = None
 
-    def chosen_layout(self, precision: str) -> str:
-        """Raises FloraExportError: slots to be filled later, or a quantized base, where adapters stand side by side."""
-        slots, needs_stack = self.slots or len(self.members), self.slots is not None
-        if slots < len(self.members):
-            raise FloraExportError(f"--slots {slots}: there are {len(self.members)} adapters")
+    def __post_init__(self) -> None:
+        """Raises FloraExportError: options that do not go together."""
+        if self.slots is not None and self.slots < len(self.members):
+            raise FloraExportError(f"--slots {self.slots}: there are {len(self.members)} adapters")
         if self.layout is not None and self.layout not in LAYOUTS:
             raise FloraExportError(f"--bank {self.layout!r}: there are {', '.join(LAYOUTS)}")
-        if self.layout == COLUMNS and needs_stack:
+        if self.layout == COLUMNS and self.slots is not None:
             raise FloraExportError(f"--slots makes places that are filled later, which only --bank {STACK} has")
-        precise = precision not in ("int4", "int8")  # in a stack adapters keep their precision
-        return self.layout or (COLUMNS if precise and not needs_stack and len(self.members) <= MOST_COLUMNS else STACK)
+
+    def layout_for(self, checkpoints: Sequence[Checkpoint], precision: str) -> str:
+        """The layout that was asked for, or else the one that is faster; beside quantized weights a stack, whose adapters keep theirs."""
+        columns = Counter[str]()
+        for checkpoint in checkpoints:
+            columns.update({branch.block: branch.rank for branch in checkpoint.branches})
+        fits = max(columns.values(), default=0) <= MOST_COLUMNS and self.slots is None and precision not in BITS
+        return self.layout or (COLUMNS if fits or any(checkpoint.detours for checkpoint in checkpoints) else STACK)
 
 
 def named(paths: Sequence[Path], names: Sequence[str]) -> tuple[tuple[str, Path], ...]:
@@ -75,6 +82,8 @@ def gathered(members: Mapping[int, tuple[str, Checkpoint]], layout: str, slots: 
             )
         branches += [dataclasses.replace(branch, keys=slot_tensor(slot, branch.keys)) for branch in checkpoint.branches]
         detours += [dataclasses.replace(d, a=slot_tensor(slot, d.a), b=slot_tensor(slot, d.b)) for d in checkpoint.detours]
+    if branches and detours:
+        raise CheckpointError("a bank holds FFBA adapters or LoRAs, not both: make a bank of each")
     digests = {f"{slot}/{name}": sha for slot, (_, each) in members.items() for name, sha in each.digests.items()}
     names = tuple(members[slot][0] if slot in members else "" for slot in range(slots))
     own = tuple(members[slot][1].digest if slot in members else "" for slot in range(slots))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from flora_export.checkpoint import Checkpoint
 from flora_export.methods import load_checkpoint
 from flora_export.proof import LedgerReport
 from flora_export.verify.coverage import STEPS, run_forced
-from flora_export.verify.golden import PROMPT_COUNT, Recording, write_golden
+from flora_export.verify.golden import PROMPT_COUNT, record, write_golden
 from flora_export.verify.numerics import TOLERANCES, Expected, Numerics, judge, measure
 from flora_export.verify.parity import VerifyOptions, compared, first_divergence, open_runner
 from flora_export.verify.report import Report
@@ -38,23 +38,23 @@ def verify_bank(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, opt
     """
     bank = artifact.manifest.bank
     assert bank is not None
-    whole, recorded = Report(LedgerReport()), []
+    whole, truths = Report(LedgerReport()), {}
     for slot, name, member in members_of(checkpoint, base):
         alone = dataclasses.replace(artifact, slot=slot)
         label = _labelled(progress, name)
         report, expected = compared(alone, base, member, options, label)
-        recorded += [Recording(item, slot) for item in expected[:PROMPT_COUNT]]
+        truths[slot] = expected[:PROMPT_COUNT]
         if report.numerics is not None and report.numerics.causes and whole.first_divergence is None:
             whole.first_divergence = f"{name}: {first_divergence(alone, base, member, label)}"
         _join(whole, report, name)
     assert whole.numerics is not None
     progress("comparing mixed batches", 0, 1)
-    mixed = _mixed(artifact, bank, recorded)
+    mixed = _mixed(artifact, bank, truths)
     whole.numerics.cases += mixed.cases
     whole.numerics.causes += mixed.causes
     if options.golden:
         with writing(artifact.path):
-            write_golden(recorded, artifact.path)
+            write_golden([record(item, slot) for slot, items in truths.items() for item in items], artifact.path)
     return whole
 
 
@@ -81,26 +81,26 @@ def _join(whole: Report, report: Report, name: str) -> None:
     whole.environment |= report.environment
 
 
-def _mixed(artifact: Artifact, bank: Bank, recorded: Sequence[Recording]) -> Numerics:
+def _mixed(artifact: Artifact, bank: Bank, truths: Mapping[int, Sequence[Expected]]) -> Numerics:
     """Every adapter in a batch with others and a row of the base model. A row must be right whatever stands beside it."""
     manifest = artifact.manifest
     result = Numerics(manifest.compute, TOLERANCES[manifest.compute], "mixed batches", STEPS)
     runner = open_runner(artifact, exact=True)
     names = {slot: name for name, slot in bank.taken.items()}
     # each adapter's first or second prompt, so that rows differ in length
-    own = [[each for each in recorded if each.slot == slot][slot % PROMPT_COUNT] for slot in names]
+    own = [(slot, truths[slot][slot % PROMPT_COUNT]) for slot in names]
     for start in range(0, len(own), ROWS):
         rows = own[start : start + ROWS]
-        rows = [*rows, dataclasses.replace(rows[0], slot=None)][: runner.limits.batch]
-        prompts, forced = [row.item.prompt for row in rows], [row.item.tokens for row in rows]
-        runner.choice.choose([BASE if row.slot is None else row.slot for row in rows])
+        rows = [*rows, (BASE, rows[0][1])][: runner.limits.batch]
+        prompts, forced = [item.prompt for _, item in rows], [item.tokens for _, item in rows]
+        runner.choice.choose([slot for slot, _ in rows])
         got = run_forced(runner, prompts, forced)
         runner.choice.choose(BASE)
         got_base = run_forced(runner, prompts, forced)
-        for at, row in enumerate(rows):
-            if row.slot is not None:
-                result.cases.append(measure(row.item, got[at], got_base[at], f"mixed batch, {names[row.slot]}", len(rows)))
-            elif (fault := _base_fault(result, row.item, got[at])) is not None:
+        for at, (slot, item) in enumerate(rows):
+            if slot != BASE:
+                result.cases.append(measure(item, got[at], got_base[at], f"mixed batch, {names[slot]}", len(rows)))
+            elif (fault := _base_fault(result, item, got[at])) is not None:
                 result.causes.append(fault)
     result.causes += judge(result, allow_vacuous=True)  # the adapters have been judged alone
     return result

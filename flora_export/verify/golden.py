@@ -35,16 +35,8 @@ Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Recording:
-    """What is recorded of a prompt; `slot` says which adapter of a bank has answered."""
-
-    item: Expected
-    slot: int | None = None
-
-
-@dataclass(frozen=True)
 class Recorded:
-    """A recorded prompt as it was read."""
+    """A recorded prompt; `slot` says which adapter of a bank has answered."""
 
     ids: Ids
     tokens: Ids
@@ -52,16 +44,21 @@ class Recorded:
     slot: int | None = None
 
 
-def write_golden(recordings: Sequence[Recording], directory: Path) -> None:
-    """Record the truth."""
+def record(item: Expected, slot: int | None = None) -> Recorded:
+    """What is recorded of the truth for a prompt."""
+    logits = _rounded(item.adapted[len(item.prompt) - 1 : -1])
+    return Recorded(np.array(item.prompt, np.int64), np.array(item.tokens, np.int64), logits, slot)
+
+
+def write_golden(prompts: Sequence[Recorded], directory: Path) -> None:
+    """Write recorded prompts."""
     tensors: dict[str, npt.NDArray[Any]] = {}
-    for index, recording in enumerate(recordings):
-        item = recording.item
-        if recording.slot is not None:
-            tensors[f"prompt.{index}.adapter"] = np.array([recording.slot], np.int64)
-        tensors[f"prompt.{index}.input_ids"] = np.array(item.prompt, np.int64)
-        tensors[f"prompt.{index}.tokens"] = np.array(item.tokens, np.int64)
-        tensors[f"prompt.{index}.logits"] = _rounded(item.adapted[len(item.prompt) - 1 : -1])
+    for index, each in enumerate(prompts):
+        if each.slot is not None:
+            tensors[f"prompt.{index}.adapter"] = np.array([each.slot], np.int64)
+        tensors[f"prompt.{index}.input_ids"] = each.ids
+        tensors[f"prompt.{index}.tokens"] = each.tokens
+        tensors[f"prompt.{index}.logits"] = each.logits
     save_file(tensors, directory / GOLDEN)
 
 
@@ -117,10 +114,14 @@ def _slot(artifact: Artifact, tensors: Mapping[str, npt.NDArray[Any]], index: in
     return slot
 
 
-def replay(artifact: Artifact, runner: Runner) -> list[str]:
-    """Run the recorded prompts and compare. Returns faults, a line each. Raises ArtifactError as `recorded_prompts` does."""
+def replay(artifact: Artifact, runner: Runner, prompts: Sequence[Recorded] | None = None) -> list[str]:
+    """Run recorded prompts, without others those of the artifact, and compare. Returns faults, a line each.
+
+    Raises:
+        ArtifactError: as `recorded_prompts` does.
+    """
     faults = []
-    for index, recorded in enumerate(recorded_prompts(artifact)):
+    for index, recorded in enumerate(recorded_prompts(artifact) if prompts is None else prompts):
         if recorded.slot is not None:
             runner.choice.choose(recorded.slot)
         got = run_forced(runner, [recorded.ids.tolist()], [recorded.tokens.tolist()[:-1]])[0][len(recorded.ids) - 1 :]

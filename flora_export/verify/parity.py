@@ -14,7 +14,7 @@ from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.proof import LedgerReport
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Run, ask_eager, compare, expect, expect_near_limit, measure_floors
-from flora_export.verify.golden import PROMPT_COUNT, Recording, replay, write_golden
+from flora_export.verify.golden import PROMPT_COUNT, record, replay, write_golden
 from flora_export.verify.localise import block_errors, localise, observed
 from flora_export.verify.numerics import Expected, Numerics
 from flora_export.verify.price import measure_price
@@ -48,7 +48,7 @@ def verify_numerics(
     report, expected = compared(artifact, base, checkpoint, options, progress)
     if options.golden:
         with writing(artifact.path):
-            write_golden([Recording(item) for item in expected[:PROMPT_COUNT]], artifact.path)
+            write_golden([record(item) for item in expected[:PROMPT_COUNT]], artifact.path)
     return report
 
 

@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact
 from flora_export.backends import Golden, Plan, Progress, Runner
-from flora_export.backends.onnxruntime import GraphBackend, write_graph
+from flora_export.backends.graph_files import write_graph
+from flora_export.backends.onnxruntime import GraphBackend
 from flora_export.backends.quantizing import choose_for_engines
 from flora_export.backends.tensorrt import cache
 from flora_export.backends.tensorrt.engine import build_engine
