@@ -9,14 +9,16 @@ from pathlib import Path
 
 from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends import PUBLISHED, backend_of
-from flora_export.backends.triton.config import GENERATE, Serving
+from flora_export.backends.triton.config import DECODER, GENERATE, Serving, read_serving
 from flora_export.backends.triton.models.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
 from flora_export.base_model import read_json
 from flora_export.errors import ArtifactError, BackendError, VerificationError
 from flora_export.generate import end_tokens
 from flora_export.pipeline import BuildOptions, build
+from flora_export.refill import refill
 from flora_export.verify.golden import allowed_error, recorded_prompts, replay
+from flora_export.verify.parity import VerifyOptions
 from flora_export.verify.prompts import PROMPTS
 from flora_export.verify.report import Report
 
@@ -32,15 +34,21 @@ class Published:
     models: tuple[str, ...]
 
 
-def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress) -> Published:
+def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress, *, after: int | None = None) -> Published:
     """Copy the artifact into the repository as its next version, prove the copy, and make it live.
 
+    Args:
+        after: the version that must still be live; None: whichever is.
+
     Raises:
+        ArtifactError: another version went live meanwhile.
         VerificationError: a file is damaged, or the golden vectors do not replay; what was live still is.
         FloraExportError: its other subclasses say what failed.
     """
     progress("writing the version", 0, 1)
     with staged_version(artifact, repo, serving) as staged:
+        if after not in (None, staged.former):
+            raise ArtifactError(f"{repo}: version {staged.former} went live while this one was made from version {after}. Publish again.")
         progress("checking its files", 0, 1)
         faults = changed_files(staged.artifact)
         if not faults:
@@ -52,6 +60,22 @@ def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress
         if faults:
             raise VerificationError("\n  ".join([f"the version does not go live in {repo}:", *faults]), {"causes": faults})
     return Published(staged.version, staged.former, staged.models)
+
+
+def publish_adapter(repo: Path, name: str, ckpt: Path, base_name: str | None, options: VerifyOptions, progress: Progress) -> Published:
+    """Another version of the bank that is live, served as it is, with an adapter by that name: in place of the one it has, or a new one.
+
+    Raises:
+        ArtifactError: what is live is no bank with slots, or is not live any more when the new version is ready.
+        VerificationError: the adapter is not what eager PyTorch computes; what was live still is.
+        FloraExportError: as `refill` and `publish`.
+    """
+    repo = repo.resolve()
+    version = live(repo)[DECODER]
+    serving = read_serving(repo)
+    with tempfile.TemporaryDirectory(prefix=f".{repo.name}.artifact-", dir=repo.parent) as scratch:
+        artifact, _ = refill(repo / DECODER / str(version), name, ckpt, base_name, Path(scratch) / "out", options, progress, force=False)
+        return publish(artifact, repo, serving, progress, after=version)
 
 
 def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from flora_export import __version__
+from flora_export.cli.adapter import publish_adapter, set_adapter
 from flora_export.cli.bench import bench
 from flora_export.cli.build import build
 from flora_export.cli.convert import convert
@@ -26,5 +27,5 @@ def main() -> None:
     """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""
 
 
-for command in (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, triton):
+for command in (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, set_adapter, triton, publish_adapter):
     main.add_command(command)

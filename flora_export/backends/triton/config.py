@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flora_export.errors import BackendError
@@ -154,3 +155,20 @@ def parse(text: str) -> Any:
         return text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
         raise ValueError(f"does not fit Triton's schema: {error}") from error
+
+
+def read_serving(repo: Path) -> Serving:
+    """How a repository is served now, as its configurations say it. Raises BackendError where they do not."""
+    try:
+        decoder, generate = (parse((repo / model / CONFIG).read_text(encoding="utf-8")) for model in (DECODER, GENERATE))
+        parameters = {name: generate.parameters[name].string_value for name in ("concurrent_requests", "threads", "check_files")}
+        return Serving(
+            instances=decoder.instance_group[0].count,
+            max_batch=decoder.max_batch_size,
+            concurrent=int(parameters["concurrent_requests"]),
+            threads=int(parameters["threads"]),
+            max_queue=decoder.dynamic_batching.default_queue_policy.max_queue_size,
+            check_files=parameters["check_files"] == "true",
+        )
+    except (OSError, ValueError, IndexError) as error:
+        raise BackendError(f"{repo}: its configurations cannot be read ({error}). Publish an artifact there again.") from error
