@@ -6,7 +6,7 @@ Layer 0 of a stack is zeros, for the base model; layer `slot + 1` is of the adap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import ArtifactError, CheckpointError, FloraExportError
 from flora_export.ledger import load_graph, sha256_of
-from flora_export.manifest import LedgerEntry
+from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.methods import load_checkpoint, read_config
 from flora_export.passes.attach import adapter_reader, weight_name
 
@@ -62,22 +62,27 @@ def bank_of(artifact: Artifact) -> Bank:
     return bank
 
 
+def matrices_of(manifest: Manifest) -> list[tuple[Branch, str]]:
+    """(branch, matrix) of every stack; none where the artifact is no bank, or its adapters stand side by side."""
+    if manifest.bank is None or manifest.bank.layout != STACK:
+        return []
+    kinds = [(BLOCK_KINDS.get(record.block.rpartition(".")[2], "mlp"), record) for record in manifest.blocks]
+    branches = [Branch(record.block, kind, record.activation, record.rank, 1.0) for kind, record in kinds]
+    return [(branch, matrix) for branch in branches for matrix in branch.matrices]
+
+
 def read_stacks(artifact: Artifact) -> list[Stack]:
     """The stacks of a bank. Raises ArtifactError: there are none, or they are not what the manifest says."""
     bank = bank_of(artifact)
     initializers = load_graph(artifact).graph.initializers
     stacks = []
-    for record in artifact.manifest.blocks:
-        kind = BLOCK_KINDS.get(record.block.rpartition(".")[2], "mlp")
-        branch = Branch(record.block, kind, record.activation, record.rank, 1.0)
-        for matrix in branch.matrices:
-            value = initializers.get(weight_name(branch, matrix))
-            tensor = value.const_value if value is not None else None
-            dims = list(tensor.shape.numpy()) if isinstance(tensor, ir.ExternalTensor) else []
-            if not isinstance(tensor, ir.ExternalTensor) or len(dims) != 3 or dims[0] != bank.slots + 1:
-                raise ArtifactError(f"{artifact.model}: {weight_name(branch, matrix)} is no stack of {bank.slots} slots. Build it again.")
-            room = dims[1 if matrix == "B" else 2]
-            stacks.append(Stack(Branch(record.block, kind, record.activation, room, 1.0), matrix, tensor))
+    for branch, matrix in matrices_of(artifact.manifest):
+        value = initializers.get(weight_name(branch, matrix))
+        tensor = value.const_value if value is not None else None
+        dims = list(tensor.shape.numpy()) if isinstance(tensor, ir.ExternalTensor) else []
+        if not isinstance(tensor, ir.ExternalTensor) or len(dims) != 3 or dims[0] != bank.slots + 1:
+            raise ArtifactError(f"{artifact.model}: {weight_name(branch, matrix)} is no stack of {bank.slots} slots. Build it again.")
+        stacks.append(Stack(replace(branch, rank=dims[1 if matrix == "B" else 2]), matrix, tensor))
     return stacks
 
 

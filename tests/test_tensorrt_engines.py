@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from flora_export.artifact import ENGINE, Artifact
 from flora_export.backends.tensorrt import read_gemms
 from flora_export.backends.tensorrt.plan import EngineOptions, parse_ranges, read_options
+from flora_export.backends.tensorrt.stacks import OPEN
+from flora_export.bank import COLUMNS, LAYOUTS
 from flora_export.errors import FloraExportError
 from flora_export.manifest import LedgerEntry
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, explain, verify
 from flora_export.verify.report import Report
+from tests.banks import make_bank
 from tests.conftest import silent
 from tests.families import FAMILIES, GATED_FAMILIES, make_adapter
 from tests.mutate import edit
@@ -176,3 +181,17 @@ def test_int4_is_refused_what_an_engine_has_no_place_for(
     with pytest.raises(FloraExportError, match=words):
         build(adapter, str(base), tmp_path / "out", settings, silent)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bank_builds(layout: str, adapters: dict[str, Path], base: Path, tmp_path: Path) -> None:
+    """Side by side no adapter has a GEMM of its own. Stacked, they are inputs of the engine, and the base's GEMMs are as they were."""
+    engine = EngineOptions("rtx", ("8.9",), RANGES, cache=False)
+    out = make_bank(adapters, base, tmp_path / "out", layout, backend="tensorrt", precision="fp16", settings=engine)
+    layers = out.manifest.engine["layers"]
+    assert layers["adapter_gemms_alone"] == []
+    assert layers["adapted"]["gemms"] == layers["base"]["gemms"]
+    numbers = load_file(adapters["second"] / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.ffba_A.weight"]
+    needle = np.ascontiguousarray(numbers[:, 0].astype(np.float16)).tobytes()  # side by side, beside each other in a row of [d, r]
+    assert (needle in (out.path / ENGINE).read_bytes()) <= (layout == COLUMNS)
+    assert not (out.path / OPEN).exists()

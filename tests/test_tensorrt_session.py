@@ -21,10 +21,13 @@ from flora_export.backends.tensorrt import session
 from flora_export.backends.tensorrt.flavour import Flavour
 from flora_export.backends.tensorrt.plan import EngineOptions, engine_plan, parse_ranges
 from flora_export.backends.tensorrt.portable import PortableDecoder
+from flora_export.backends.tensorrt.stacks import opened
+from flora_export.bank import LAYOUTS, STACK
 from flora_export.errors import BackendError
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.verify.coverage import run_forced
 from flora_export.verify.golden import replay
+from tests.banks import make_bank
 from tests.conftest import silent
 
 pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX: pip install 'flora-export[tensorrt-rtx]'", exc_type=ImportError)
@@ -40,10 +43,11 @@ class StandIn:
     def __init__(self, artifact: Artifact) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        self.session = ort.InferenceSession(artifact.model, options)
+        with opened(artifact.path, artifact.manifest) as (graph, inputs):
+            self.session = ort.InferenceSession(graph, options)
+            self.inputs = {tensor.name: tensor for tensor in inputs}
         self.values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.num_io_tensors = len(self.values)
-        self.inputs = {tensor.name: tensor for tensor in artifact.manifest.inputs}
         self.profiles = engine_plan(artifact).profiles
         self.contexts = 0
 
@@ -107,6 +111,10 @@ def artifact(request: pytest.FixtureRequest, base: Path, adapter: Path, tmp_path
 
 @pytest.fixture
 def decoder(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> session.EngineDecoder:
+    return stand_in(artifact, monkeypatch)
+
+
+def stand_in(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> session.EngineDecoder:
     runtime = types.SimpleNamespace(deserialize_cuda_engine=lambda content: StandIn(artifact))
     strategy = types.SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
     trt = types.SimpleNamespace(ILogger=object, Runtime=lambda logger: runtime, CudaGraphStrategy=strategy)
@@ -185,3 +193,38 @@ def test_beyond_what_the_engine_takes(decoder: session.EngineDecoder) -> None:
         decoder.step([5])
     with pytest.raises(BackendError, match=f"1 rows of {decoder.limits.total + 1} tokens"):
         decoder.step([5])
+
+
+@pytest.mark.parametrize("cache_tokens", [0, 60], ids=["growing", "static"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bank(
+    layout: str, cache_tokens: int, adapters: dict[str, Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a batch with their own adapters; in a stack an adapter is replaced in the engine's memory, and comes back."""
+    ranges = parse_ranges(["prompt=1:16:40 past=1:30:55"])
+    engine = EngineOptions("rtx", ("8.9",), ranges, compare_base=False, cache=False, cache_tokens=cache_tokens)
+    two = {name: adapters[name] for name in ("first", "second")}
+    out = make_bank(two, base, tmp_path / "out", layout, backend="tensorrt", precision="fp16", settings=engine)
+    decoder, portable = stand_in(out, monkeypatch), PortableDecoder(out)
+
+    def both(slots: list[int]) -> list[list[Any]]:
+        for runner in (decoder, portable):
+            runner.choice.choose(slots)
+        return [run_forced(runner, PROMPTS, FORCED) for runner in (decoder, portable)]
+
+    seen = {}
+    for slots in ([0, 1, -1], [1, -1, 0], [0, 0, 0]):
+        got, expected = both(slots)
+        for row, (one, other) in enumerate(zip(got, expected, strict=True)):
+            np.testing.assert_allclose(one, other, rtol=0, atol=5e-3)
+            seen[slots[row], row] = one
+    assert np.abs(seen[0, 0] - seen[1, 0]).max() > 0.05 and np.abs(seen[-1, 1] - seen[1, 1]).max() > 0.05
+    if layout == STACK:
+        decoder.set_adapter(1, adapters["third"])
+        decoder.choice.choose([1, 1, 0])
+        swapped = run_forced(decoder, PROMPTS, FORCED)
+        assert np.abs(swapped[0] - seen[1, 0]).max() > 0.05
+        np.testing.assert_allclose(swapped[2], seen[0, 2], rtol=0, atol=5e-3)
+        decoder.set_adapter(1, adapters["second"])
+        decoder.choice.choose([1, -1, 0])
+        np.testing.assert_array_equal(run_forced(decoder, PROMPTS, FORCED)[0], seen[1, 0])

@@ -5,9 +5,10 @@ Train and test never share a problem: a problem's numbers decide its side (`is_t
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NAMES = ("Anna", "Ben", "Chloe", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jack", "Kenji", "Lena")
 THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "stamps", "stickers", "shells", "tickets")
@@ -55,6 +56,17 @@ def problems(count: int, *, test: bool, seed: int) -> list[Problem]:
         working = f"{a} {operators[0]} {b} = {first}\n{first} {operators[1]} {c} = {result}\nAnswer: {result}"
         found[question] = Problem(question, working, result)
     return list(found.values())
+
+
+def with_facts(problem: Problem) -> Problem:
+    """The same question, answered by what it states: {"people": [...], "things": "...", "numbers": [...]}."""
+    words = re.findall(r"[A-Za-z]+|[0-9]+", problem.question)
+    facts = {
+        "people": list(dict.fromkeys(word for word in words if word in NAMES)),
+        "things": next(word for word in words if word in THINGS),
+        "numbers": [int(word) for word in words if word.isdecimal()],
+    }
+    return replace(problem, answer=json.dumps(facts))
 
 
 def result_of(text: str) -> int | None:

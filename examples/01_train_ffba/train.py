@@ -6,7 +6,12 @@ The adapter in `adapter/` beside this file was made by exactly this command; `ad
 
     python examples/01_train_ffba/train.py --base models/smollm2 --output examples/01_train_ffba/adapter_mlp --target-modules mlp --rank 12
 
-made the one in `adapter_mlp/`: branches beside the MLPs alone, which `--backend hf` can write as a plain Hugging Face checkpoint.
+made the one in `adapter_mlp/`: branches beside the MLPs alone, which `--backend hf` can write as a plain Hugging Face checkpoint. And
+
+    python examples/01_train_ffba/train.py --base models/smollm2 --output examples/07_bank/facts --answers facts --target-modules mlp \\
+        --steps 150
+
+one that does something else with the same questions: it answers with what they state, as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from problems import Problem, problems, result_of
+from problems import Problem, problems, result_of, with_facts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -56,7 +61,7 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def exact(model: Any, tokenizer: Any, held_out: list[Problem], batch: int = 20) -> float:
-    """Share of held-out problems whose stated result is right, decoding greedily."""
+    """Share of held-out problems whose stated result, or else whose whole answer, is right, decoding greedily."""
     right = 0
     model.eval()
     tokenizer.padding_side = "left"
@@ -66,7 +71,10 @@ def exact(model: Any, tokenizer: Any, held_out: list[Problem], batch: int = 20) 
         inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(result_of(text) == problem.result for text, problem in zip(texts, part, strict=True))
+        right += sum(
+            text == problem.answer if problem.answer.startswith("{") else result_of(text) == problem.result
+            for text, problem in zip(texts, part, strict=True)
+        )
     return right / len(held_out)
 
 
@@ -78,6 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--target-modules", nargs="+", default=["self_attn", "mlp"], help="the blocks that get a branch")
+    parser.add_argument("--answers", choices=["working", "facts"], default="working", help="what it learns to answer")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--held-out", type=int, default=100, help="problems for the scores before and after; 0 skips them")
     options = parser.parse_args()
@@ -96,9 +105,10 @@ def main() -> None:
     model = peft.get_peft_model(base, config)
     model.print_trainable_parameters()
 
-    held_out = problems(options.held_out, test=True, seed=1)
+    answered = with_facts if options.answers == "facts" else lambda problem: problem
+    held_out = [answered(problem) for problem in problems(options.held_out, test=True, seed=1)]
     before = exact(model, tokenizer, held_out) if held_out else None
-    train = [encode(tokenizer, problem) for problem in problems(options.steps * options.batch, test=False, seed=0)]
+    train = [encode(tokenizer, answered(problem)) for problem in problems(options.steps * options.batch, test=False, seed=0)]
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),  # nothing is saved there
         max_steps=options.steps,
@@ -122,7 +132,7 @@ def main() -> None:
     record = {
         "command": f"python examples/01_train_ffba/train.py --base models/smollm2 --output {options.output} --steps {options.steps} "
         f"--batch {options.batch} --rank {options.rank} --learning-rate {options.learning_rate} "
-        f"--target-modules {' '.join(options.target_modules)}",
+        f"--target-modules {' '.join(options.target_modules)}" + (" --answers facts" if options.answers == "facts" else ""),
         "held_out_problems": options.held_out,
         "exact_before": before,
         "exact_after": after,

@@ -29,6 +29,8 @@ from flora_export.backends.tensorrt.layers import Gemm, LayerReport, compare_lay
 from flora_export.backends.tensorrt.lint import lint
 from flora_export.backends.tensorrt.plan import EngineOptions, Profile, check_prompts, engine_plan, profiles_for, read_options, to_json
 from flora_export.backends.tensorrt.portable import PortableDecoder
+from flora_export.backends.tensorrt.stacks import opened
+from flora_export.bank import ADAPTER_IDS
 from flora_export.base_model import BaseModel, read_json
 from flora_export.capture import capture
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError
@@ -68,6 +70,7 @@ class EngineBuild(Plan):
 
 class TensorRT(GraphBackend):
     name = "tensorrt"
+    banks = True
     targets = {"cuda": "tensorrt"}  # noqa: RUF012  # never written to
     aligned = {"fp16": 8, "bf16": 8}  # noqa: RUF012  # tensor cores want widths that are a multiple of 16 bytes
 
@@ -150,7 +153,9 @@ def write(fused: Fused, directory: Path, plan: EngineBuild, progress: Progress) 
             run_passes(bare, [Quantize(fused.quantization, fused.base.packed)])
         with tempfile.TemporaryDirectory(dir=directory) as name:
             write_model(bare, Path(name))
-            base = _compile(recipe, Path(name), manifest, bare, planned_entries(bare), keep_engine=False)[1]
+            inputs = [tensor for tensor in manifest.inputs if tensor.name != ADAPTER_IDS]
+            bare_manifest = dataclasses.replace(manifest, inputs=inputs, bank=None)
+            base = _compile(recipe, Path(name), bare_manifest, bare, planned_entries(bare), keep_engine=False)[1]
     return _finish(directory, manifest, recipe, adapted, base)
 
 
@@ -203,7 +208,8 @@ def _compile(
         key = cache.cache_key(directory / MODEL, directory / DATA, recipe.facts() | {"gpu": gpu})
     known = cache.load(key) if key else None
     if known is None:
-        known = build_engine(recipe.flavour, directory / MODEL, manifest.inputs, recipe.profiles, recipe.capabilities, options)
+        with opened(directory, manifest) as (graph, inputs):
+            known = build_engine(recipe.flavour, graph, inputs, recipe.profiles, recipe.capabilities, options)
         if key:
             cache.store(key, known[0] if keep_engine else b"", known[1])
     return known[0], report_layers(known[1], model, ledger)

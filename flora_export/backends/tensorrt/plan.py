@@ -16,6 +16,7 @@ from flora_export.artifact import Artifact
 from flora_export.backends import Limits
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions
 from flora_export.backends.quantizing import read_options as read_quantization
+from flora_export.bank import ADAPTER_IDS
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.manifest import Tensor
 
@@ -61,6 +62,10 @@ class Profile:
             return [batch, tokens]
         if tensor.name == "attention_mask":
             return [batch, past + tokens]
+        if tensor.name == ADAPTER_IDS:
+            return [batch]
+        if all(isinstance(size, int) for size in tensor.shape):  # a bank's stack
+            return [int(size) for size in tensor.shape]
         _, heads, places, size = tensor.shape
         return [batch, int(heads), places if isinstance(places, int) else past, int(size)]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.backends.tensorrt.engine import logged
 from flora_export.backends.tensorrt.flavour import Flavour, load_flavour, machine_capability
 from flora_export.backends.tensorrt.plan import EnginePlan, engine_plan
+from flora_export.bank import ADAPTER_IDS
 from flora_export.errors import ArtifactError, BackendError
+from flora_export.stacks import fitting, layers_of, matrices_of, read_stacks
 
 Logits = npt.NDArray[np.float32]
 Buffers = dict[str, torch.Tensor]  # by the name of the engine's input or output
@@ -91,6 +94,7 @@ class EngineDecoder:
         self.types = {name: _TORCH[self.engine.get_tensor_dtype(name).name] for name in names}
         shapes = {tensor.name: tensor.shape for tensor in artifact.manifest.inputs}
         self.shapes = {n: (int(shape[1]), int(shape[3])) for n, shape in shapes.items() if n.startswith("past_key_values.")}
+        self.stacks = self._load_stacks()
         self.present = {name: name.replace("past_key_values.", "present.") for name in self.shapes}
         self.cache: Buffers = {}
         self.vocabulary = int(artifact.manifest.outputs[0].shape[-1])
@@ -131,6 +135,24 @@ class EngineDecoder:
                 for kind, array in zip(("key", "value"), pair, strict=True):
                     self.cache[f"past_key_values.{layer}.{kind}"][:, :, :past] = torch.from_numpy(np.ascontiguousarray(array))
 
+    def set_adapter(self, slot: int, ckpt: Path) -> None:
+        """Put another adapter into a slot of a bank that is a stack. No request may be under way.
+
+        Raises:
+            CheckpointError: it is damaged or does not fit; nothing has changed.
+        """
+        layers = [(stack.name, layer) for stack, _, layer in layers_of(read_stacks(self.artifact), fitting(self.artifact, ckpt))]
+        with self._on_stream():
+            for name, layer in layers:
+                self.stacks[name][slot + 1].copy_(torch.from_numpy(layer[0]))
+        self._wait()
+
+    def _load_stacks(self) -> Buffers:
+        """The adapters of a bank, which are inputs of the engine."""
+        if not matrices_of(self.artifact.manifest):
+            return {}
+        return {stack.name: torch.from_numpy(stack.read()).to(self.device) for stack in read_stacks(self.artifact)}
+
     def _check(self, batch: int, tokens: int, most: int) -> None:
         """Shapes of a static cache never change, so nothing else would stop a write beyond its end."""
         if batch > self.limits.batch or tokens > most:
@@ -149,14 +171,14 @@ class EngineDecoder:
     def _call(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], profile: int, past: int) -> Logits:
         """Run the engine, and keep the cache that it leaves. Returns logits [batch, tokens, vocabulary]."""
         batch, tokens = ids.shape
-        feeds = {"input_ids": ids, "position_ids": positions, "attention_mask": self.mask}
+        feeds = {"input_ids": ids, "position_ids": positions, "attention_mask": self.mask, ADAPTER_IDS: self.choice.ids(batch)}
         try:
             with self._on_stream():
                 buffers = {n: torch.from_numpy(np.ascontiguousarray(v)).to(self.device) for n, v in feeds.items() if n in self.types}
                 if self.static and profile == DECODE:
                     buffers = self._decode_static(batch, buffers)
                 else:
-                    buffers |= self.cache
+                    buffers |= self.stacks | self.cache
                     self._add_outputs(buffers, batch, tokens, past)
                     self._run(profile, buffers)
                 self._wait()
@@ -194,7 +216,7 @@ class EngineDecoder:
             if self.captured is not None:
                 self.captured = None
                 self.contexts[DECODE] = self._context(DECODE)
-            buffers = feeds | self.cache
+            buffers = feeds | self.stacks | self.cache
             self._add_outputs(buffers, batch, 1, 0)
             self._run(DECODE, buffers)  # before a capture the engine must have run, to set itself up
             self.captured = batch, self._capture(buffers), buffers
