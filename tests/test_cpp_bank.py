@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flora_export.artifact import GOLDEN, Artifact, open_artifact, seal
+from flora_export.artifact import GOLDEN, MODEL, Artifact, open_artifact, seal
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.backends.quantizing import QuantizationOptions
 from flora_export.bank import COLUMNS, STACK
@@ -190,10 +190,7 @@ def test_swap_into_an_empty_slot(flora_decode: Path, banks: Banks, incoming: Pat
     assert (ran.code, ran.tokens) == (0, bare + expected + bare), ran.messages
 
 
-Tensors = dict[str, Any]
-
-
-def write(edit: Callable[[Tensors], object]) -> Callable[[Path], None]:
+def write(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     """Damage to the tensors."""
 
     def damage(checkpoint: Path) -> None:
@@ -266,3 +263,11 @@ def test_banks_that_take_no_swap(flora_decode: Path, banks: Banks, incoming: Pat
     options = (*adapters("first"), "--swap", f"first={incoming / WEIGHTS}")
     ran = decode(flora_decode, banks(layout, precision).path, *options, prompts=PROMPTS)
     assert (ran.code, ran.tokens) == (2, []) and message in ran.messages
+
+
+def test_a_graph_cut_off(flora_decode: Path, stack: Path, incoming: Path) -> None:
+    """The program finds the stacks' numbers by model.onnx, before ONNX Runtime sees it."""
+    (stack / MODEL).write_bytes((stack / MODEL).read_bytes()[:-100])
+    seal(stack, open_artifact(stack).manifest)
+    ran = decode(flora_decode, stack, *adapters("first"), "--swap", f"first={incoming / WEIGHTS}", prompts=PROMPTS)
+    assert (ran.code, ran.tokens) == (2, []) and "model.onnx is damaged: it ends too soon" in ran.messages

@@ -48,9 +48,8 @@ class Configuration {
 
   // Whether there is a branch beside a block.
   bool selects(const Block& block) const {
-    const auto among = [&](const json& names) {
-      return std::ranges::any_of(names, [&](const json& name) { return ("." + block.name).ends_with("." + name.get<std::string>()); });
-    };
+    const auto is_its_name = [&](const std::string& name) { return block.name == name || block.name.ends_with('.' + name); };
+    const auto among = [&](const json& names) { return std::ranges::any_of(names, is_its_name); };
     const auto is_its_layer = [&](const json& layer) { return layer == layer_of(block); };
     return among(targets_) && !among(excluded_) && (layers_.empty() || std::ranges::any_of(layers_, is_its_layer));
   }

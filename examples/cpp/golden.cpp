@@ -27,10 +27,10 @@ std::vector<GoldenPrompt> read_golden(const Artifact& artifact) {
   std::vector<GoldenPrompt> all;
   for (std::size_t i = 0; i == 0 || tensors.contains("prompt." + std::to_string(i) + ".input_ids"); ++i) {
     const std::string name = "prompt." + std::to_string(i);
-    GoldenPrompt one{{tensors.read<std::int64_t>(name + ".input_ids", "I64")},
-                     tensors.read<std::int64_t>(name + ".tokens", "I64"),
-                     tensors.read<float>(name + ".logits", "F32")};
-    const std::vector<std::int64_t>& prompt = one.request.prompt;
+    GoldenPrompt one;
+    std::vector<std::int64_t>& prompt = one.request.prompt = tensors.read<std::int64_t>(name + ".input_ids", "I64");
+    one.tokens = tensors.read<std::int64_t>(name + ".tokens", "I64");
+    one.logits = tensors.read<float>(name + ".logits", "F32");
     if (prompt.empty() || one.tokens.empty() || std::ranges::any_of(prompt, outside) || std::ranges::any_of(one.tokens, outside) ||
         tensors.shape(name + ".logits") != std::vector{one.tokens.size(), vocabulary}) {
       throw Error(Exit::input, file.string() + " is damaged: " + name + " must be tokens below " + std::to_string(vocabulary) +
