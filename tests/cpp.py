@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from flora_export.backends import Runner
+
 ROOT = Path(__file__).parent.parent
 RUNTIME = ROOT / "build" / "onnxruntime"
 BUILD = ROOT / "build" / "cpp-tests"
@@ -75,3 +77,11 @@ def decode(program: Path, out: Path, *options: object, prompts: Sequence[Sequenc
     )
     assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr
     return Ran(done.returncode, [[int(word) for word in line.split()] for line in done.stdout.splitlines()], done.stderr)
+
+
+def greedy(decoder: Runner, prompt: list[int], steps: int) -> list[int]:
+    """Greedy tokens of the artifact in Python, up to an end token (2, in the tiny models)."""
+    tokens = [int(decoder.start([prompt])[0][-1].argmax())]
+    while tokens[-1] != 2 and len(tokens) < steps:
+        tokens.append(int(decoder.step(tokens[-1:])[0].argmax()))
+    return tokens[: tokens.index(2)] if 2 in tokens else tokens

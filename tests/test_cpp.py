@@ -21,7 +21,7 @@ from flora_export.base_model import GENERATION, load_base
 from flora_export.pipeline import BuildOptions, build
 from flora_export.reference import Reference
 from tests.conftest import silent
-from tests.cpp import decode
+from tests.cpp import decode, greedy
 from tests.families import make_adapter
 from tests.mutate import edit, edit_graph, edit_manifest, scale_b
 
@@ -46,14 +46,6 @@ def out(base: Path, adapter: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
     return Path(shutil.copytree(whole, tmp_path / "out"))
 
 
-def greedy(decoder: Decoder, prompt: list[int], steps: int) -> list[int]:
-    """Greedy tokens of the artifact in Python, up to an end token (2, in the tiny models)."""
-    tokens = [int(decoder.start([prompt])[0][-1].argmax())]
-    while tokens[-1] != 2 and len(tokens) < steps:
-        tokens.append(int(decoder.step(tokens[-1:])[0].argmax()))
-    return tokens[: tokens.index(2)] if 2 in tokens else tokens
-
-
 def test_tokens_are_those_of_python(flora_decode: Path, artifact: Artifact) -> None:
     ran = decode(flora_decode, artifact.path, "--tokens", STEPS, "--threads", 1, prompts=PROMPTS)
     assert ran.code == 0, ran.messages
@@ -61,6 +53,16 @@ def test_tokens_are_those_of_python(flora_decode: Path, artifact: Artifact) -> N
     assert ran.tokens == [greedy(decoder, prompt, STEPS) for prompt in PROMPTS]
     assert ran.messages.count("golden prompt of") == 2
     assert "(TPOT)" in ran.messages
+
+
+def test_rows_of_a_batch_end_by_themselves(flora_decode: Path, artifact: Artifact) -> None:
+    """The first row fills the context after 8 tokens; the others go on, to an end token or to their own last place."""
+    prompts = [[5] * 120, [12], [14, 15, 16, 17]]
+    ran = decode(flora_decode, artifact.path, "--tokens", 1000, prompts=prompts)
+    assert ran.code == 0, ran.messages
+    decoder = Decoder(artifact, threads=1)
+    assert ran.tokens == [greedy(decoder, prompt, 128 - len(prompt)) for prompt in prompts]
+    assert len(ran.tokens[0]) == 8 < max(map(len, ran.tokens))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -2,7 +2,9 @@
 
 #include <openssl/evp.h>
 
+#include <algorithm>
 #include <array>
+#include <charconv>
 #include <fstream>
 #include <limits>
 #include <memory>
@@ -11,6 +13,7 @@
 #include <utility>
 
 #include "error.hpp"
+#include "read_json.hpp"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -18,16 +21,7 @@ using nlohmann::json;
 namespace {
 
 constexpr int schema_version = 1;
-
-json read_json(const fs::path& file) {
-  std::ifstream stream(file);
-  if (!stream) throw Error(Exit::input, file.string() + " cannot be read: not a directory that flora-export built?");
-  try {
-    return json::parse(stream);
-  } catch (const json::exception& error) {
-    throw Error(Exit::input, file.string() + " is not JSON (" + error.what() + "). Build the artifact again.");
-  }
-}
+constexpr char rebuild[] = "Build the artifact again.";
 
 std::string sha256(const fs::path& file) {
   const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
@@ -73,7 +67,7 @@ std::pair<int, int> minor_version(const std::string& text) {
 std::vector<std::int64_t> end_tokens(const fs::path& directory, const json& files, const json& config) {
   json ends;
   const std::string generation = "generation_config.json";
-  if (files.contains(generation)) ends = read_json(directory / generation).value("eos_token_id", json());
+  if (files.contains(generation)) ends = read_json(directory / generation, rebuild).value("eos_token_id", json());
   if (ends.is_null()) ends = config.value("eos_token_id", json());
   if (ends.is_null()) return {};
   return ends.is_array() ? ends.get<std::vector<std::int64_t>>() : std::vector<std::int64_t>{ends.get<std::int64_t>()};
@@ -90,10 +84,32 @@ std::int64_t context_length(const json& config) {
   return context.get<std::int64_t>();
 }
 
+Bank read_bank(const json& manifest) {
+  const json& known = manifest.at("bank");
+  Bank bank{known.at("layout"), known.at("names"), {}};
+  for (const json& block : manifest.at("blocks")) bank.blocks.push_back({block.at("block"), block.at("activation")});
+  return bank;
+}
+
 }  // namespace
 
+std::int64_t Bank::slot(const std::string& name) const {
+  if (name == "base") return base_model;
+  if (const auto found = std::ranges::find(names, name); !name.empty() && found != names.end()) return found - names.begin();
+  std::int64_t number = 0;
+  const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), number);
+  if (error == std::errc() && end == name.data() + name.size() && number >= 0 && number < std::ssize(names)) return number;
+  throw Error(Exit::input, "there is no adapter '" + name + "'; there are " + all_names());
+}
+
+std::string Bank::all_names() const {
+  std::string text;
+  for (const std::string& name : names) text += name.empty() ? "" : name + ", ";
+  return text + "base; and the slots 0 to " + std::to_string(names.size() - 1);
+}
+
 Artifact open_artifact(const fs::path& directory, const std::string& backend, const std::string& target) {
-  const json manifest = read_json(directory / "manifest.json");
+  const json manifest = read_json(directory / "manifest.json", "Is the directory one that flora-export built? If so, build it again.");
   try {
     if (const json version = manifest.at("schema_version"); version != schema_version) {
       throw Error(Exit::input, "manifest.json has schema version " + version.dump() + ", but this program reads " +
@@ -107,7 +123,7 @@ Artifact open_artifact(const fs::path& directory, const std::string& backend, co
     for (const char* name : {"model.onnx", "model.onnx.data", "config.json"}) static_cast<void>(files.at(name));  // no less
     for (const auto& [name, known] : files.items()) check_file(directory, name, known);
 
-    const json config = read_json(directory / "config.json");
+    const json config = read_json(directory / "config.json", rebuild);
     Artifact artifact{};
     artifact.directory = directory;
     artifact.precision = manifest.at("precision");
@@ -119,6 +135,7 @@ Artifact open_artifact(const fs::path& directory, const std::string& backend, co
     }
     artifact.context = context_length(config);
     artifact.ends = end_tokens(directory, files, config);
+    if (manifest.contains("bank")) artifact.bank = read_bank(manifest);
     return artifact;
   } catch (const json::exception& error) {
     throw Error(Exit::input, (directory / "manifest.json").string() + " or a configuration is not what flora-export writes (" +

@@ -1,7 +1,8 @@
 // NOT COMPILED AND NOT RUN HERE: there was no TensorRT and no GPU. Compile it against TensorRT 11 or newer and the CUDA runtime, and replay
 // the golden vectors (golden.cpp) before you trust it.
 //
-// The counterpart of decoder.cpp for OUT/model.engine: the same two calls, `start` and `step`, with the KV cache on the device throughout.
+// The counterpart of decoder.cpp for OUT/model.engine, for one sequence and one adapter (no bank): the same two calls, `start` and `step`,
+// with the KV cache on the device throughout.
 //
 //   const Artifact artifact = open_artifact(out, "tensorrt", "cuda");     // schema version, hashes of every file
 //   TensorRTDecoder decoder(artifact);

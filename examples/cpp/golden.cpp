@@ -27,12 +27,21 @@ std::vector<GoldenPrompt> read_golden(const Artifact& artifact) {
   std::vector<GoldenPrompt> all;
   for (std::size_t i = 0; i == 0 || tensors.contains("prompt." + std::to_string(i) + ".input_ids"); ++i) {
     const std::string name = "prompt." + std::to_string(i);
-    GoldenPrompt one{tensors.read<std::int64_t>(name + ".input_ids", "I64"), tensors.read<std::int64_t>(name + ".tokens", "I64"),
-                     tensors.read<float>(name + ".logits", "F32")};
-    if (one.prompt.empty() || one.tokens.empty() || std::ranges::any_of(one.prompt, outside) || std::ranges::any_of(one.tokens, outside) ||
+    GoldenPrompt one;
+    std::vector<std::int64_t>& prompt = one.request.prompt = tensors.read<std::int64_t>(name + ".input_ids", "I64");
+    one.tokens = tensors.read<std::int64_t>(name + ".tokens", "I64");
+    one.logits = tensors.read<float>(name + ".logits", "F32");
+    if (prompt.empty() || one.tokens.empty() || std::ranges::any_of(prompt, outside) || std::ranges::any_of(one.tokens, outside) ||
         tensors.shape(name + ".logits") != std::vector{one.tokens.size(), vocabulary}) {
       throw Error(Exit::input, file.string() + " is damaged: " + name + " must be tokens below " + std::to_string(vocabulary) +
                                    ", and the logits of each of its answers");
+    }
+    if (artifact.bank) {
+      const std::vector<std::int64_t> adapter = tensors.read<std::int64_t>(name + ".adapter", "I64");
+      if (adapter.size() != 1 || !artifact.bank->taken(adapter[0])) {
+        throw Error(Exit::input, file.string() + " is damaged: " + name + ".adapter is no slot that is taken");
+      }
+      one.request.adapter = adapter[0];
     }
     all.push_back(std::move(one));
   }
@@ -45,8 +54,9 @@ double replay(Decoder& decoder, const Artifact& artifact, const GoldenPrompt& go
 
   double error = 0, largest = 1;
   const float* expected = golden.logits.data();
-  std::vector<float> logits = decoder.start(golden.prompt, golden.prompt.size() + golden.tokens.size());
+  Logits rows = decoder.start({&golden.request, 1}, golden.request.prompt.size() + golden.tokens.size());
   for (std::size_t step = 0;; ++step) {
+    const std::vector<float>& logits = rows[0];
     if (logits.size() != static_cast<std::size_t>(artifact.vocabulary)) {
       throw Error(Exit::input, "model.onnx gives " + std::to_string(logits.size()) + " logits, but manifest.json says " +
                                    std::to_string(artifact.vocabulary));
@@ -57,7 +67,7 @@ double replay(Decoder& decoder, const Artifact& artifact, const GoldenPrompt& go
       largest = std::max(largest, std::abs(static_cast<double>(*expected++)));
     }
     if (step + 1 == golden.tokens.size()) break;
-    logits = decoder.step(golden.tokens[step]);
+    rows = decoder.step({&golden.tokens[step], 1});
   }
   return error / (tolerance->second * largest);
 }

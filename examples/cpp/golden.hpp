@@ -7,10 +7,11 @@
 #include "artifact.hpp"
 #include "decoder.hpp"
 
-// A recorded prompt, the tokens that eager PyTorch went on with, and its logits [tokens, vocabulary]: after the prompt, and after each
-// token but the last.
+// A recorded prompt, of a bank with its adapter; the tokens that eager PyTorch went on with, and its logits [tokens, vocabulary]: after the
+// prompt, and after each token but the last.
 struct GoldenPrompt {
-  std::vector<std::int64_t> prompt, tokens;
+  Request request;
+  std::vector<std::int64_t> tokens;
   std::vector<float> logits;
 };
 

@@ -6,8 +6,8 @@
 
 namespace {
 
-// Of the dtypes that golden vectors have.
-const std::map<std::string, std::size_t> dtype_sizes = {{"I64", 8}, {"F32", 4}};
+// Of the dtypes that golden vectors and adapters have.
+const std::map<std::string, std::size_t> dtype_sizes = {{"I64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}};
 
 constexpr std::size_t length_size = 8;
 
@@ -47,7 +47,7 @@ SafeTensors::SafeTensors(const std::filesystem::path& file) : file_(file.string(
   } catch (const nlohmann::json::exception& error) {
     throw damaged(error.what());
   } catch (const std::out_of_range&) {
-    throw damaged("it has a tensor of another dtype than I64 and F32");
+    throw damaged("it has a tensor of another dtype than I64, F32, F16 and BF16");
   }
 }
 

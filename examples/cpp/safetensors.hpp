@@ -17,6 +17,8 @@ class SafeTensors {
   // Throws Error(Exit::input): the file is cut off or its header states what cannot be.
   explicit SafeTensors(const std::filesystem::path& file);
 
+  std::size_t size() const { return entries_.size(); }
+
   bool contains(const std::string& name) const { return entries_.count(name) != 0; }
 
   // Throws Error(Exit::input): there is no such tensor.
