@@ -23,7 +23,7 @@ from flora_export.base_model import BaseModel, load_base
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.manifest import Manifest
 from flora_export.verify.arms import Arm, EagerArm, OnnxArm
-from flora_export.verify.build_arms import ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
+from flora_export.verify.build_arms import ARMS, BANK, BANK_ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
 from flora_export.verify.latency import BASE, Call, Samples, environment, interleaved, joined, judge_overhead, summarise
 from flora_export.verify.pages import gather
 
@@ -89,7 +89,7 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
     Raises:
         FloraExportError: an unknown arm, numbers beyond the model's context, or another base model than the artifact's.
     """
-    artifact = open_artifact(out)
+    artifact = _with_adapter(open_artifact(out))
     manifest, arms, threads = artifact.manifest, _arms(options, artifact.manifest), options.threads or os.cpu_count() or 1
     base = load_base(base_name or str(manifest.base["name"]))
     backend_of(artifact).timed(artifact, threads)  # what is wrong with it shows before anything is built
@@ -111,10 +111,22 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
 
 
 def _arms(options: BenchOptions, manifest: Manifest) -> tuple[str, ...]:
-    """The arms in the order of ARMS, `base` among them. Of an adapter that is merged into the base's weights there are two."""
+    """The arms in the order of ARMS, `base` among them.
+
+    Of an adapter that is merged into the base's weights there are two, of a bank those that stand for what a server could do instead.
+    """
     unknown = [arm for arm in options.arms if arm not in ARMS]
     if unknown:
         raise FloraExportError(f"--arms: {', '.join(map(repr, unknown))} is unknown; there are {', '.join(ARMS)}")
+    if manifest.bank is not None:
+        chosen = BANK_ARMS if options.arms == DEFAULT_ARMS else options.arms
+        if others := [arm for arm in chosen if arm not in BANK_ARMS]:
+            raise FloraExportError(f"--arms {', '.join(others)}: the artifact is a bank, whose arms are {', '.join(BANK_ARMS)}")
+        if not manifest.merge:
+            raise FloraExportError("a bank of LoRAs cannot be measured yet: `bench` builds arms of FFBA alone")
+        if options.max_overhead is not None and BANK not in chosen:
+            raise FloraExportError("--max-overhead judges the arm bank: add it to --arms")
+        return tuple(arm for arm in BANK_ARMS if arm in chosen or arm == BASE)
     if options.max_overhead is not None and FUSED not in options.arms:
         raise FloraExportError("--max-overhead judges the arm fused: add it to --arms")
     if manifest.changes or not manifest.merge:
@@ -126,6 +138,12 @@ def _arms(options: BenchOptions, manifest: Manifest) -> tuple[str, ...]:
             )
         return BASE, FUSED
     return tuple(arm for arm in ARMS if arm in options.arms or arm == BASE)
+
+
+def _with_adapter(artifact: Artifact) -> Artifact:
+    """Of a bank, with its first adapter for all rows: the work is the same whichever they have."""
+    bank = artifact.manifest.bank
+    return artifact if bank is None else dataclasses.replace(artifact, slot=min(bank.taken.values()))
 
 
 def _check(artifact: Artifact, base: BaseModel, options: BenchOptions) -> None:
@@ -246,7 +264,7 @@ def _budget(options: BenchOptions, measurements: list[dict[str, Any]]) -> dict[s
     """The verdict on TPOT of `fused`, at the first past length and batch."""
     if options.max_overhead is None:
         return None
-    row = next(m for m in measurements if (m["metric"], m["arm"]) == ("tpot", FUSED))
+    row = next(m for m in measurements if m["metric"] == "tpot" and m["arm"] in (FUSED, BANK))
     judged = judge_overhead(row["ratio_interval"], options.max_overhead)
     return {
         "max_overhead": options.max_overhead,

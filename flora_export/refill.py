@@ -109,8 +109,9 @@ def _restated(manifest: Manifest, name: str, slot: int, adapter: Checkpoint, ent
     others = {file: sha for file, sha in manifest.checkpoint["files"].items() if not file.startswith(f"{slot}/")}
     files = others | {f"{slot}/{file}": sha for file, sha in adapter.digests.items()}
     kept = [tensor for tensor in manifest.checkpoint["tensors"] if slot_of(tensor) != slot]
-    tensors = kept + [entry.tensor for entry in entries.values() if entry.origin == "adapter"]
-    checkpoint = manifest.checkpoint | {"digest": digest_of_files(files), "files": files, "tensors": tensors}
+    tensors = sorted([*kept, *(entry.tensor for entry in entries.values() if entry.origin == "adapter")], key=slot_of)
+    config = adapter.config if slot == min([slot, *bank.taken.values()]) else manifest.checkpoint["config"]
+    checkpoint = manifest.checkpoint | {"config": config, "digest": digest_of_files(files), "files": files, "tensors": tensors}
     return dataclasses.replace(
         manifest, ledger=ledger, bank=Bank(bank.layout, tuple(names), tuple(digests)), checkpoint=checkpoint, files={}, verified=True
     )

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from flora_export.artifact import MANIFEST, Artifact, open_artifact
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.bank import BASE, COLUMNS, LAYOUTS, STACK, slot_of
+from flora_export.bench import BenchOptions, bench
 from flora_export.cli import main
 from flora_export.errors import BackendError, CheckpointError, FloraExportError, FusionError, VerificationError
 from flora_export.methods.bank import BankOptions, named
@@ -255,3 +256,14 @@ def test_a_vacuous_adapter_among_others_is_refused(adapters: dict[str, Path], ba
     nothing = scaled(adapters["first"], tmp_path / "nothing", 0.0)
     with pytest.raises(VerificationError, match="nothing: vacuous"):
         make_bank({"first": adapters["first"], "nothing": nothing}, base, tmp_path / "out", COLUMNS)
+
+
+def test_a_bank_is_measured_beside_what_else_could_serve(bank: Artifact, base: Path) -> None:
+    result = bench(
+        bank.path, str(base), BenchOptions(prompt_tokens=(8,), past_tokens=(8,), new_tokens=2, rounds=1, max_overhead=0.5), silent
+    )
+    assert result["arms"] == ["base", "single", "bank", "lora"]
+    parameters, sizes = result["adapter_parameters"], result["bytes_ratio_to_base"]
+    assert parameters["bank"] == 3 * parameters["single"] and 1 < sizes["single"] < sizes["bank"]
+    with pytest.raises(FloraExportError, match="whose arms are base, single, bank, lora"):
+        bench(bank.path, str(base), BenchOptions(arms=("fused",)), silent)

@@ -214,6 +214,11 @@ def test_an_artifact_is_refilled(served: Artifact, adapters: Adapters, base: Pat
     assert open_artifact(out).manifest == open_artifact(built.path).manifest
     paths = [adapters[name] for name in NAMES]
     assert verify(out, paths[0], str(base), VerifyOptions(others=tuple(paths[1:])), silent).verified
+    refill(out, "first", adapters["second"], str(base), out, VerifyOptions(), silent, force=True)
+    other = make_bank({**adapters, "first": adapters["second"]}, base, tmp_path / "other", STACK, slots=3)
+    assert open_artifact(out).manifest == other.manifest
+    refill(out, "first", adapters["first"], str(base), out, VerifyOptions(), silent, force=True)
+    assert open_artifact(out).manifest == built.manifest
     refill(out, "second", adapters["third"], str(base), out, VerifyOptions(), silent, force=True)
     assert verify(out, paths[0], str(base), VerifyOptions(others=(paths[2], paths[2])), silent).verified
     assert open_artifact(served.path) == before and verify(served.path, None, None, VerifyOptions(), silent).verified

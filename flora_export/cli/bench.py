@@ -14,7 +14,8 @@ from flora_export.cli.common import DIRECTORY, base_option, json_option, print_j
 @base_option
 @click.option(
     "--arms",
-    help="What to time: eager, base, unfused, forward, backward, fused (OUT itself), lora, lora-budget, lora-forward, lora-merged.",
+    help="What to time: eager, base, unfused, forward, backward, fused (OUT itself), lora, lora-budget, lora-forward, lora-merged; "
+    "of a bank: base, single, bank (OUT itself), lora.",
 )
 @click.option("--prompt-tokens", default="128", show_default=True, metavar="N,...", help="Prompt lengths to take the TTFT of.")
 @click.option("--past-tokens", default="128", show_default=True, metavar="N,...", help="Past lengths to take the TPOT at.")

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from flora_export.artifact import DATA, Artifact
 from flora_export.backends import backend_of
+from flora_export.bank import slot_tensor
 from flora_export.base_model import BaseModel
-from flora_export.branch import BLOCK_KINDS, Branch
+from flora_export.branch import BLOCK_KINDS, Branch, by_pattern
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.ledger import write_model
@@ -26,10 +27,12 @@ from flora_export.passes.quantize import Quantize
 from flora_export.verify.latency import BASE
 
 EAGER, FUSED, LORA, LORA_BUDGET = "eager", "fused", "lora", "lora-budget"
+BANK, SINGLE = "bank", "single"  # an artifact of several adapters, and one of these fused by itself
 FUSE_LEVELS = {"unfused": "none", "forward": "forward", "backward": "backward"}
 # LoRA on all linear projections: whether it is merged, and how far it is fused where it is not.
 LORA_LEVELS = {LORA: (False, "none"), LORA_BUDGET: (False, "none"), "lora-forward": (False, "both"), "lora-merged": (True, "both")}
 ARMS = (EAGER, BASE, *FUSE_LEVELS, FUSED, *LORA_LEVELS)
+BANK_ARMS = (BASE, SINGLE, BANK, LORA)
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,25 @@ class Built:
 
 
 def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> Checkpoint:
-    """An adapter with the artifact's configuration and random numbers, read as any other: latency does not depend on the numbers."""
+    """An adapter with the artifact's configuration and random numbers, read as any other: latency does not depend on the numbers.
+
+    Of a bank it is like the first of its adapters.
+    """
     directory.mkdir()
     rng = np.random.default_rng(0)
     tensors = {}
+    config, bank = manifest.checkpoint["config"], manifest.bank
+    first = "" if bank is None else slot_tensor(min(bank.taken.values()), "")
     for block in manifest.blocks:
-        branch = Branch(block.block, BLOCK_KINDS[block.block.rpartition(".")[2]], block.activation, block.rank, block.scale)
+        rank = block.rank if bank is None else by_pattern(block.block, config["r"], config["rank_pattern"])
+        branch = Branch(block.block, BLOCK_KINDS[block.block.rpartition(".")[2]], block.activation, rank, block.scale)
+        if first + branch.tensor("A") not in manifest.checkpoint["tensors"]:
+            continue  # the first has no branch there
         for matrix in branch.matrices:
             numbers = rng.standard_normal(branch.shape(matrix, base.width), np.float32)
             tensors[branch.tensor(matrix)] = numbers * np.float32(0.02)
     save_file(tensors, directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(manifest.checkpoint["config"]), encoding="utf-8")
+    (directory / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     return load_checkpoint(directory, base)
 
 
@@ -87,7 +98,7 @@ def _trained(change: ChangeRecord, shape: tuple[int, ...]) -> int:
 
 
 def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint | None, directory: Path) -> Built:
-    """Build an arm of ARMS into a directory. `fused` is the artifact `out` itself.
+    """Build an arm of ARMS into a directory. `fused`, or `bank`, is the artifact `out` itself.
 
     Without a checkpoint there are only `base` and `fused`. LoRA has the rank that most of the adapter's branches have; within the budget,
     the rank that comes nearest to its parameters.
@@ -100,9 +111,9 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
     if not out.manifest.merge:
         adapter += sum(block.rank * sum(base.shapes[f"{block.block}.weight"]) for block in out.manifest.blocks)
     adapter += sum(_trained(change, base.shapes[change.tensor]) for change in out.manifest.changes)
-    if arm in (EAGER, FUSED):
-        return Built(out if arm == FUSED else None, adapter)
-    manifest = out.manifest
+    if arm in (EAGER, FUSED, BANK):
+        return Built(None if arm == EAGER else out, adapter * (len(out.manifest.bank.taken) if out.manifest.bank is not None else 1))
+    manifest = dataclasses.replace(out.manifest, bank=None)
     captured = capture(base, backend_of(out).form(manifest.target), manifest.compute)
     quantization = manifest.quantization
     parameters, rank = 0, None
@@ -113,7 +124,7 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
             run_passes(captured.model, [Quantize(quantization, base.packed)])
     else:
         assert checkpoint is not None
-        level, parameters = FUSE_LEVELS.get(arm, ""), adapter
+        level, parameters = FUSE_LEVELS.get(arm, "both"), adapter
         if arm in LORA_LEVELS:
             merge, level = LORA_LEVELS[arm]
             rank = max(1, round(adapter / lora_parameters(base, 1))) if arm == LORA_BUDGET else statistics.mode(b.rank for b in branches)
