@@ -261,7 +261,7 @@ def test_generate_stops(server: Server, artifacts: list[Artifact]) -> None:
 BAD_GENERATE: list[tuple[dict[str, Any], str]] = [
     ({}, "text_input or messages"),
     ({"text_input": "a", "messages": "[]"}, "text_input or messages"),
-    ({"text_input": "a", "nonsense": 1}, "unknown parameter nonsense; there are chat, max_tokens"),
+    ({"text_input": "a", "nonsense": 1}, "unknown parameter nonsense; there are adapter, chat, max_tokens"),
     ({"text_input": "a", "parameters": {"nonsense": 1}}, "unknown parameter nonsense"),
     ({"text_input": "a", "max_tokens": "many"}, "Unable to parse"),
     ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0, but must be between 1"),
