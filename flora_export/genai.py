@@ -62,7 +62,7 @@ class GenaiTokens:
         try:
             self.generator = self.og.Generator(self.model, parameters)
             if len(self.adapter_ids):
-                self.generator.set_model_input(ADAPTER_IDS, self.adapter_ids)  # once: the second time is an error
+                self.generator.set_model_input(ADAPTER_IDS, self.adapter_ids)  # once, before the prompt: set again, the next step fails
             self.generator.append_tokens(padded)
         except Exception as error:
             raise BackendError(f"ONNX Runtime GenAI failed on prompts {padded.shape} ({error}). Use --runtime decoder.") from error
