@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from flora_export.bank import ADAPTER_IDS
 from flora_export.base_model import BaseModel
 from flora_export.capture_constants import mend_embedding_scale
 from flora_export.errors import BackendError, CheckpointError
@@ -61,6 +63,15 @@ class Capture:
             raise CheckpointError(
                 f"base model {base.name}: its configuration and tokenizer make no genai_config.json ({type(error).__name__}: {error})"
             ) from error
+        _leave_out_adapter_ids(directory / "genai_config.json")
+
+
+def _leave_out_adapter_ids(file: Path) -> None:
+    """ONNX Runtime GenAI refuses a configuration with an input that it does not know; a generator is given the ids by their name."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["model"]["decoder"]["inputs"].pop(ADAPTER_IDS, None) is not None:
+            file.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 def capture(base: BaseModel, form: str, precision: str) -> Capture:

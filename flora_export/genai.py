@@ -9,6 +9,7 @@ import numpy as np
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Limits
+from flora_export.bank import ADAPTER_IDS
 from flora_export.errors import BackendError
 
 CONFIG = "genai_config.json"
@@ -20,8 +21,8 @@ MAX_ROWS = 32  # that GenAI 0.18 takes as one batch
 class GenaiTokens:
     """Greedy tokens of a batch, one of each row at a time."""
 
-    def __init__(self, artifact: Artifact, ends: set[int], rows: Sequence[Sequence[int]]) -> None:
-        """Load the artifact for prompts `rows`. A row is over at one of the tokens `ends`.
+    def __init__(self, artifact: Artifact, ends: set[int], rows: Sequence[Sequence[int]], slots: Sequence[int] = ()) -> None:
+        """Load the artifact for prompts `rows`; of a bank, `slots` has the adapter of each. A row is over at one of the tokens `ends`.
 
         Raises:
             BackendError: the package is not installed, or it cannot run this artifact.
@@ -36,6 +37,8 @@ class GenaiTokens:
         if len(rows) > MAX_ROWS:
             raise BackendError(f"ONNX Runtime GenAI takes {MAX_ROWS} prompts at once, not {len(rows)}. Use --runtime decoder.")
         self.og, self.path, self.rows = og, artifact.path, rows
+        # GenAI reads this array at every step, and neither copies it nor keeps it: gone or changed, other adapters answer.
+        self.adapter_ids = np.array(slots, np.int64)
         # Padding tokens at a prompt's end count as padding, in a single prompt as well, silently: take one that ends no prompt.
         last = {row[-1] for row in rows}
         self.padding = next(token for token in range(len(last) + 1) if token not in last)
@@ -58,6 +61,8 @@ class GenaiTokens:
         parameters.set_search_options(batch_size=len(self.rows), max_length=width + room, do_sample=False)
         try:
             self.generator = self.og.Generator(self.model, parameters)
+            if len(self.adapter_ids):
+                self.generator.set_model_input(ADAPTER_IDS, self.adapter_ids)  # once, before the prompt: set again, the next step fails
             self.generator.append_tokens(padded)
         except Exception as error:
             raise BackendError(f"ONNX Runtime GenAI failed on prompts {padded.shape} ({error}). Use --runtime decoder.") from error

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Limits, Runner, backend_of
+from flora_export.bank import BASE_NAME
 from flora_export.base_model import GENERATION, read_json
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
 from flora_export.genai import GenaiTokens
@@ -28,6 +29,7 @@ class Answer:
     time_to_first_token: float
     time_per_output_token: float
     runtime: str  # genai or decoder
+    adapter: str | None = None  # of a bank: the one that answered
 
 
 class Tokens(Protocol):
@@ -45,6 +47,7 @@ def generate(
     *,
     max_new_tokens: int,
     adapter: bool = True,
+    adapters: Sequence[str] = (),
     chat: bool = True,
     runtime: str = "auto",
     on_text: Callable[[str], None] | None = None,
@@ -52,6 +55,7 @@ def generate(
     """Answer prompts as one batch.
 
     Args:
+        adapters: of a bank: the name of the adapter that answers all prompts, or of each prompt's own.
         chat: put each prompt into the tokenizer's chat template, where it has one.
         runtime: genai, decoder, or auto: genai where it can.
         on_text: is given the first prompt's answer piece by piece.
@@ -60,8 +64,9 @@ def generate(
         ArtifactError: the artifact has no tokenizer, its chat template refuses a prompt, or a prompt leaves no room in the
             model's context.
         BackendError: `runtime` is genai, and ONNX Runtime GenAI cannot run the artifact here.
-        FloraExportError: `runtime` is genai, and the adapter is to be silenced.
+        FloraExportError: `runtime` is genai, and the adapter is to be silenced; or `adapters` does not say which of a bank's answer.
     """
+    chosen = _chosen(artifact, adapters, len(prompts), adapter=adapter)
     tokenizer = load_tokenizer(artifact.path)
     config = read_json(artifact.path / "config.json", "model configuration")
     context = config.get("max_position_embeddings")
@@ -72,7 +77,7 @@ def generate(
             f"prompts of {[len(row) for row in rows]} tokens: each must have at least 1, and leave room in a context of {context}"
         )
     ends = end_tokens(artifact, config)
-    source, name = _tokens(artifact, rows, ends, runtime, adapter)
+    source, name = _tokens(artifact, rows, ends, runtime, adapter, [slot for _, slot in chosen])
     limits = source.limits
     room = min(max_new_tokens, room, limits.total - max(map(len, rows)))
     if room < 1 or max(map(len, rows)) > limits.prompt or len(rows) > limits.batch:
@@ -102,17 +107,20 @@ def generate(
         tokens = source.step()  # a row that has ended goes on, unread
         steps += 1
     per_token = (time.perf_counter() - first) / max(steps, 1)
+    who: list[str | None] = [adapter_name for adapter_name, _ in chosen] or [None] * len(rows)
     return [
-        Answer(tokenizer.decode(answer, skip_special_tokens=True), len(row), len(answer), first - started, per_token, name)
-        for row, answer in zip(rows, answers, strict=True)
+        Answer(tokenizer.decode(answer, skip_special_tokens=True), len(row), len(answer), first - started, per_token, name, own)
+        for row, answer, own in zip(rows, answers, who, strict=True)
     ]
 
 
 class _DecoderTokens:
     """The backend's Decoder, padded on the side that the artifact declares."""
 
-    def __init__(self, artifact: Artifact, rows: list[list[int]], *, adapter: bool) -> None:
+    def __init__(self, artifact: Artifact, rows: list[list[int]], slots: Sequence[int], *, adapter: bool) -> None:
         self.decoder: Runner = backend_of(artifact).decode(artifact, adapter=adapter)
+        if slots:
+            self.decoder.choice.choose(slots)
         self.rows = rows
         self.limits = self.decoder.limits
 
@@ -125,17 +133,44 @@ class _DecoderTokens:
         return self.tokens
 
 
-def _tokens(artifact: Artifact, rows: list[list[int]], ends: set[int], runtime: str, adapter: bool) -> tuple[Tokens, str]:
-    """Where tokens come from, and its name. Only our Decoder can silence the adapter."""
+def _chosen(artifact: Artifact, adapters: Sequence[str], prompts: int, *, adapter: bool) -> list[tuple[str, int]]:
+    """Of a bank, name and slot of each prompt's adapter; of what is none, nothing.
+
+    Raises:
+        FloraExportError: the names do not say who answers, or there is none to choose.
+    """
+    bank = artifact.manifest.bank
+    if bank is None:
+        if adapters:
+            raise FloraExportError(f"{artifact.path} holds one adapter and is no bank, so there is none to choose: leave --adapter out")
+        return []
+    names = list(adapters) if adapter else [BASE_NAME]
+    if len(names) not in (1, prompts):
+        raise FloraExportError(
+            f"{artifact.path} is a bank: say who answers with --adapter NAME, once for all prompts or once for each, in order (it was "
+            f"given {len(names)} times for {prompts}). There are {', '.join([*bank.taken, BASE_NAME])}."
+        )
+    try:
+        chosen = [(name, bank.slot(name)) for name in names]
+    except KeyError as error:
+        raise FloraExportError(f"{artifact.path}: {error.args[0]}") from error
+    return chosen if len(chosen) == prompts else chosen * prompts
+
+
+def _tokens(
+    artifact: Artifact, rows: list[list[int]], ends: set[int], runtime: str, adapter: bool, slots: Sequence[int]
+) -> tuple[Tokens, str]:
+    """Where tokens come from, and its name. Only our Decoder can silence an adapter; a bank has its base model as a slot."""
+    adapter = adapter or bool(slots)
     if runtime == "genai" and not adapter:
         raise FloraExportError("ONNX Runtime GenAI runs an artifact as it is: without its adapter, use --runtime decoder")
     if runtime != "decoder" and adapter:
         try:
-            return GenaiTokens(artifact, ends, rows), "genai"
+            return GenaiTokens(artifact, ends, rows, slots), "genai"
         except BackendError:
             if runtime == "genai":
                 raise
-    source = _DecoderTokens(artifact, rows, adapter=adapter)
+    source = _DecoderTokens(artifact, rows, slots, adapter=adapter)
     return source, source.decoder.runtime
 
 

@@ -125,11 +125,12 @@ def generation_faults(artifact: Artifact) -> list[str]:
     ends = end_tokens(artifact, read_json(artifact.path / "config.json", "model configuration"))
     if served.ends != ends:
         return [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]
-    faults = []
+    faults, bank = [], artifact.manifest.bank
     for index, recorded in enumerate(recorded_prompts(artifact)):
         ids, tokens, logits = recorded.ids, recorded.tokens, recorded.logits
+        adapter = bank.names[recorded.slot] if bank is not None and recorded.slot is not None else None
         try:
-            answer = _greedy(served, ids.tolist(), len(tokens))
+            answer = _greedy(served, ids.tolist(), len(tokens), adapter)
         except Exception as error:
             return [f"`generate` cannot answer golden prompt {index}: {error}"]
         differ = [step for step, token in enumerate(answer) if token != tokens[step]]
@@ -141,9 +142,9 @@ def generation_faults(artifact: Artifact) -> list[str]:
     return faults
 
 
-def _greedy(served: Model, prompt: list[int], steps: int) -> list[int]:
-    """The most likely tokens, up to an end token."""
-    generator, room = served.generator(len(prompt), Settings(max_tokens=steps))
+def _greedy(served: Model, prompt: list[int], steps: int, adapter: str | None) -> list[int]:
+    """The most likely tokens, up to an end token; of a bank, an adapter's."""
+    generator, room = served.generator(len(prompt), Settings(max_tokens=steps, adapter=adapter))
     generator.append_tokens(prompt)
     answer: list[int] = []
     while len(answer) < room and not (answer and answer[-1] in served.ends):

@@ -261,8 +261,9 @@ def test_generate_stops(server: Server, artifacts: list[Artifact]) -> None:
 BAD_GENERATE: list[tuple[dict[str, Any], str]] = [
     ({}, "text_input or messages"),
     ({"text_input": "a", "messages": "[]"}, "text_input or messages"),
-    ({"text_input": "a", "nonsense": 1}, "unknown parameter nonsense; there are chat, max_tokens"),
+    ({"text_input": "a", "nonsense": 1}, "unknown parameter nonsense; there are adapter, chat, max_tokens"),
     ({"text_input": "a", "parameters": {"nonsense": 1}}, "unknown parameter nonsense"),
+    ({"text_input": "a", "adapter": "first"}, "adapter was given, but this model holds one adapter alone"),
     ({"text_input": "a", "max_tokens": "many"}, "Unable to parse"),
     ({"text_input": "a", "max_tokens": 0}, "max_tokens is 0, but must be between 1"),
     ({"text_input": "a", "max_tokens": [1, 2]}, "max_tokens"),
@@ -293,6 +294,7 @@ def test_generate_refuses_wrong_tensors_over_grpc(server: Server) -> None:
         ({"text_input": QUESTION, "max_tokens": np.array([1.5], np.float32)}, "data-type"),
         ({"text_input": QUESTION, "max_tokens": np.array([1, 2], np.int32)}, "max_tokens"),
         ({"text_input": QUESTION, "nonsense": np.array([1], np.int32)}, "nonsense"),
+        ({"text_input": QUESTION, "adapter": "base"}, "adapter"),
         ({"text_input": QUESTION, "temperature": np.array([np.nan], np.float32)}, "temperature is nan"),
         ({"text_input": np.array([b"\xff\xfe"], np.object_)}, "not UTF-8"),
     ):

@@ -14,6 +14,9 @@ from flora_export.cli.common import DIRECTORY, json_option, print_json, run_comm
 @click.argument("out", type=DIRECTORY)
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME", help="Of a bank: who answers, once for all or for each PROMPT; base: none."
+)
 @click.option("--without-adapter", is_flag=True, help="Silence the adapter, to see the base model's answer.")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
 @click.option(
@@ -25,9 +28,18 @@ from flora_export.cli.common import DIRECTORY, json_option, print_json, run_comm
 )
 @json_option
 def generate(
-    out: Path, prompts: tuple[str, ...], max_new_tokens: int, without_adapter: bool, raw: bool, runtime: str, as_json: bool
+    out: Path,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    adapters: tuple[str, ...],
+    without_adapter: bool,
+    raw: bool,
+    runtime: str,
+    as_json: bool,
 ) -> None:
     """Let the artifact OUT answer PROMPT, decoded greedily; several prompts are one batch."""
+    if adapters and without_adapter:
+        raise click.UsageError("--adapter chooses an adapter, and --without-adapter takes none: give one of the two")
 
     def run() -> int:
         from flora_export.artifact import open_artifact
@@ -39,6 +51,7 @@ def generate(
             prompts,
             max_new_tokens=max_new_tokens,
             adapter=not without_adapter,
+            adapters=adapters,
             chat=not raw,
             runtime=runtime,
             on_text=(lambda text: click.echo(text, nl=False)) if streamed else None,

@@ -6,7 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE_INPUTS, GENERATE_OUTPUTS, RUNTIMES, describe, parse
+from flora_export.backends.triton.config import (
+    CONFIG,
+    DECODER,
+    GENERATE_OUTPUTS,
+    RUNTIMES,
+    describe,
+    generate_inputs,
+    is_scalar,
+    parse,
+)
 from flora_export.manifest import Manifest
 
 BYTES = {"TYPE_FP32": 4, "TYPE_FP16": 2, "TYPE_BF16": 2, "TYPE_INT64": 8, "TYPE_INT32": 4, "TYPE_BOOL": 1}
@@ -79,7 +88,7 @@ def _tensors(config: Any, manifest: Manifest, model: str) -> list[str]:
         if decoder:
             expected = {name: (kind, dims) for name, kind, dims in map(describe, getattr(manifest, f"{side}s"))}
         else:
-            rows = GENERATE_INPUTS if side == "input" else GENERATE_OUTPUTS
+            rows = generate_inputs(manifest) if side == "input" else GENERATE_OUTPUTS
             expected = {row[0]: (row[1], row[2]) for row in rows}
         found = {tensor.name: (_type_name(tensor), list(tensor.dims)) for tensor in getattr(config, side)}
         faults += [f"{side} {name} is missing" for name in expected.keys() - found.keys()]
@@ -89,6 +98,10 @@ def _tensors(config: Any, manifest: Manifest, model: str) -> list[str]:
                 faults.append(
                     f"{side} {name} is {found[name][0]} {found[name][1]}, but the model has {expected[name][0]} {expected[name][1]}"
                 )
+        scalars = {tensor.name for tensor in getattr(manifest, f"{side}s") if is_scalar(tensor)} if decoder else set()
+        for tensor in getattr(config, side):
+            if (tensor.HasField("reshape"), list(tensor.reshape.shape)) != (tensor.name in scalars, []):
+                faults.append(f"{side} {tensor.name} must have {'reshape { shape: [] }' if tensor.name in scalars else 'no reshape'}")
     if decoder and config.max_batch_size < 1:
         faults.append("max_batch_size is 0, but the graph's first dimension is the batch")
     return sorted(faults)

@@ -37,6 +37,7 @@ GENERATE_INPUTS = (
     ("stream", "TYPE_BOOL", [1], True),
     ("chat", "TYPE_BOOL", [1], True),
 )
+ADAPTER_INPUT = ("adapter", "TYPE_STRING", [1], True)  # of a bank; optional, so that the model itself says which names there are
 GENERATE_OUTPUTS = (
     ("text_output", "TYPE_STRING", [1]),
     ("finish_reason", "TYPE_STRING", [1]),
@@ -83,8 +84,8 @@ def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: W
         batch = min(batch, manifest.engine["profiles"]["decode"]["batch"][2])
         profiles = ' profile: ["0", "1"]'  # prefill and decode; without them the backend loads the first alone
     lines = [f'name: "{DECODER}"', f'backend: "{backend}"', f'default_model_filename: "{file}"', f"max_batch_size: {batch}"]
-    lines += [_tensor("input", *described, optional=False) for described in map(describe, manifest.inputs)]
-    lines += [_tensor("output", *described, optional=False) for described in map(describe, manifest.outputs)]
+    lines += [_tensor("input", *describe(tensor), scalar=is_scalar(tensor)) for tensor in manifest.inputs]
+    lines += [_tensor("output", *describe(tensor)) for tensor in manifest.outputs]
     lines += _common(version, serving.instances, KINDS.get(manifest.target, "KIND_GPU") + profiles)
     # Only requests of equal shapes are joined. No delay: a request is never kept waiting for company.
     lines.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: 0\n{_queue_policy(serving.max_queue)}}}")
@@ -100,23 +101,34 @@ def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: 
     """config.pbtxt of `generate`. `program` has the SHA-256 of its files that the manifest does not know, by name."""
     lines = [f'name: "{GENERATE}"', 'backend: "python"', 'default_model_filename: "model.py"', "max_batch_size: 0"]
     lines.append("model_transaction_policy { decoupled: true }")
-    lines += [_tensor("input", name, kind, dims, optional=optional) for name, kind, dims, optional in GENERATE_INPUTS]
-    lines += [_tensor("output", name, kind, dims, optional=False) for name, kind, dims in GENERATE_OUTPUTS]
+    inputs = generate_inputs(manifest)
+    lines += [_tensor("input", name, kind, dims, optional=optional) for name, kind, dims, optional in inputs]
+    lines += [_tensor("output", name, kind, dims) for name, kind, dims in GENERATE_OUTPUTS]
     lines += _common(version, serving.instances, KINDS.get(manifest.target, "KIND_GPU"))
     lines.append(f"dynamic_batching {{\n{_queue_policy(serving.max_queue)}}}")
     lines.append(_parameter("concurrent_requests", serving.concurrent))
     lines.append(_parameter("threads", serving.threads))
     lines.append(_parameter("check_files", "true" if serving.check_files else "false"))
     lines += [_parameter(f"{HASH}{name}", value) for name, value in program.items()]
-    lines.append(_warmup(warmup, {name: kind for name, kind, *_ in GENERATE_INPUTS}))
+    lines.append(_warmup(warmup, {name: kind for name, kind, *_ in inputs}))
     return "\n".join(lines) + "\n"
 
 
+def generate_inputs(manifest: Manifest) -> tuple[tuple[str, str, list[int], bool], ...]:
+    """The inputs of `generate`; a bank's takes an adapter's name as well."""
+    return GENERATE_INPUTS if manifest.bank is None else (*GENERATE_INPUTS, ADAPTER_INPUT)
+
+
 def describe(tensor: Tensor) -> tuple[str, str, list[int]]:
-    """A graph's tensor as Triton sees it: name, type, dimensions without the batch; -1 is any. Raises BackendError."""
+    """A graph's tensor as Triton's clients see it: name, type, dimensions without the batch; -1 is any. Raises BackendError."""
     if tensor.dtype not in TYPES:
         raise BackendError(f"{tensor.name} has type {tensor.dtype}, which a Triton repository cannot serve; it can {', '.join(TYPES)}")
-    return tensor.name, TYPES[tensor.dtype], [d if isinstance(d, int) else -1 for d in tensor.shape[1:]]
+    return tensor.name, TYPES[tensor.dtype], [1] if is_scalar(tensor) else [d if isinstance(d, int) else -1 for d in tensor.shape[1:]]
+
+
+def is_scalar(tensor: Tensor) -> bool:
+    """Whether a graph's tensor is one number a row, [batch]: Triton has no dims of none, so clients send [batch, 1], which it reshapes."""
+    return len(tensor.shape) == 1
 
 
 def _common(version: int, instances: int, kind: str) -> list[str]:
@@ -138,8 +150,9 @@ def _warmup(warmup: Warmup, types: dict[str, str]) -> str:
     return "\n".join(["model_warmup {", '  name: "golden"', "  batch_size: 1", *inputs, "}"])
 
 
-def _tensor(side: str, name: str, kind: str, dims: Sequence[int], *, optional: bool) -> str:
-    return f'{side} {{ name: "{name}" data_type: {kind} dims: {list(dims)}{" optional: true" if optional else ""} }}'
+def _tensor(side: str, name: str, kind: str, dims: Sequence[int], *, optional: bool = False, scalar: bool = False) -> str:
+    more = (" optional: true" if optional else "") + (" reshape { shape: [] }" if scalar else "")
+    return f'{side} {{ name: "{name}" data_type: {kind} dims: {list(dims)}{more} }}'
 
 
 def parse(text: str) -> Any:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, link_or_copy, open_artifact
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config
+from flora_export.bank import ADAPTER_IDS, Bank
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
@@ -42,7 +43,7 @@ def write_version(
         for source, name in PROGRAM.items():
             shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
         (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
-        warmup = _generate_warmup(scratch / GENERATE / "warmup", version)
+        warmup = _generate_warmup(scratch / GENERATE / "warmup", version, artifact.manifest.bank)
         texts[GENERATE] = generate_config(
             artifact.manifest, version, serving, warmup, {name: file_sha256(generate / name) for name in PROGRAM.values()}
         )
@@ -61,26 +62,38 @@ def _decoder_warmup(artifact: Artifact, directory: Path, version: int) -> Warmup
     try:
         with safe_open(file, framework="numpy") as golden:
             ids = golden.get_tensor("prompt.0.input_ids")
+            known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids))}
+            if artifact.manifest.bank is not None:
+                known[ADAPTER_IDS] = golden.get_tensor("prompt.0.adapter")
     except (SafetensorError, OSError) as error:
         raise ArtifactError(
             f"{file} cannot be read ({error}); an artifact is served only with golden vectors. Build it with verification."
         ) from error
-    known = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(len(ids))}
     directory.mkdir()
     files, zeros = {}, {}
     for name, _, dims in map(describe, artifact.manifest.inputs):
         if name in known:
-            files[name] = (f"{version}.{name}", [len(ids)])
+            files[name] = (f"{version}.{name}", [len(known[name])])
             (directory / f"{version}.{name}").write_bytes(known[name].astype("<i8").tobytes())
         else:
             zeros[name] = [max(d, 0) for d in dims]  # [KV heads, 0, head size]
     return Warmup(files, zeros)
 
 
-def _generate_warmup(directory: Path, version: int) -> Warmup:
-    """A question, and one token as its answer. A server whose Python cannot read texts fails here, and not at a client's request."""
+def _generate_warmup(directory: Path, version: int, bank: Bank | None) -> Warmup:
+    """A question, and one token as its answer; of a bank, its first adapter's.
+
+    A server whose Python cannot read texts fails here, and not at a client's request.
+    """
     directory.mkdir()
-    text = b"Hello"
-    (directory / f"{version}.text_input").write_bytes(len(text).to_bytes(4, "little") + text)
-    (directory / f"{version}.max_tokens").write_bytes((1).to_bytes(4, "little"))
-    return Warmup({name: (f"{version}.{name}", [1]) for name in ("text_input", "max_tokens")}, {})
+    contents = {"text_input": _text("Hello"), "max_tokens": (1).to_bytes(4, "little")}
+    if bank is not None:
+        contents["adapter"] = _text(next(iter(bank.taken)))
+    for name, content in contents.items():
+        (directory / f"{version}.{name}").write_bytes(content)
+    return Warmup({name: (f"{version}.{name}", [1]) for name in contents}, {})
+
+
+def _text(text: str) -> bytes:
+    """A text as Triton reads it from a file: its length, then its bytes."""
+    return len(text.encode()).to_bytes(4, "little") + text.encode()

@@ -64,11 +64,14 @@ class TritonPythonModel:
         for name in SCALARS:
             if name in inputs:
                 given[name] = _one(inputs, name).item()
+        if "adapter" in inputs:
+            given["adapter"] = _text(_one(inputs, "adapter"), "adapter")
         if "stop" in inputs:
             given["stop"] = [_text(value, "stop") for value in inputs["stop"]]
         if ("text_input" in inputs) == ("messages" in inputs):
             raise RequestError("give text_input or messages, one of the two")
         settings = Settings.read(given)
+        self.model.check_adapter(settings)
         if "messages" in inputs:
             messages = read_messages(_text(_one(inputs, "messages"), "messages"), self.model.most_characters)
             return settings, self.model.encode(None, messages, settings)

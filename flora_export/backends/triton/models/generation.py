@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+BASE = "base"  # the base model's name beside a bank's adapters
 PREFILL = 512  # prompt tokens in one turn: a longer prompt would keep the others waiting
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 CHARACTERS_PER_TOKEN = 64  # a text of more than this for each token of the context is refused before it is tokenized
@@ -33,6 +34,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     stream: bool = False
     chat: bool = True  # put text_input into the model's chat template
+    adapter: str | None = None  # of a bank: who answers
 
     @staticmethod
     def read(given: Mapping[str, Any]) -> Settings:
@@ -56,6 +58,7 @@ class Settings:
         _expect(values.get("top_p", 1.0) > 0, "top_p", values.get("top_p"), "above 0")
         for name in ("stream", "chat"):
             _expect(isinstance(values.get(name, False), bool), name, values.get(name), "true or false")
+        _expect(isinstance(values.get("adapter", ""), str), "adapter", values.get("adapter"), "a name")
         stop = values.get("stop", ())
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else stop
         sound = isinstance(values["stop"], tuple) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in values["stop"])
@@ -119,6 +122,7 @@ class Model:
 
     def __init__(self, directory: Path, threads: int = 0) -> None:
         """Load it. `threads` of one operator; 0 leaves it to ONNX Runtime."""
+        import numpy as np
         import onnxruntime_genai as genai
         import tokenizers
         import transformers
@@ -130,6 +134,10 @@ class Model:
         self.vocabulary: int = config["vocab_size"]
         ends = config["eos_token_id"]
         self.ends = set(ends if isinstance(ends, list) else [ends])
+        bank = json.loads((directory / "manifest.json").read_text(encoding="utf-8")).get("bank")
+        slots = {} if bank is None else {name: slot for slot, name in enumerate(bank["names"]) if name} | {BASE: -1}
+        # By name: what a generator is given. It reads the array at every step, and neither copies it nor keeps it.
+        self._adapter_ids = {name: np.array([slot], np.int64) for name, slot in slots.items()}
         options: dict[str, Any] = {"session.intra_op.allow_spinning": "0"}  # an idle model leaves the processor to others
         if threads:
             options["intra_op_num_threads"] = threads
@@ -166,6 +174,15 @@ class Model:
             raise RequestError(f"the prompt has {len(tokens)} tokens, but the context holds {self.context} with the answer: shorten it")
         return tokens
 
+    def check_adapter(self, settings: Settings) -> None:
+        """Raises RequestError where a request does not say which adapter of a bank answers, or names one that there is not."""
+        known = self._adapter_ids
+        if settings.adapter is not None and not known:
+            raise RequestError("adapter was given, but this model holds one adapter alone: leave it out")
+        if known and settings.adapter not in known:
+            wrong = "adapter is missing" if settings.adapter is None else f"there is no adapter {settings.adapter!r}"
+            raise RequestError(f"{wrong}; there are {', '.join(known)}")
+
     def _limit(self, size: int) -> None:
         if size > self.most_characters:
             raise RequestError(f"a prompt of {size} characters is too long for a context of {self.context} tokens")
@@ -181,7 +198,10 @@ class Model:
                 options["random_seed"] = settings.seed
         parameters = self._genai.GeneratorParams(self._model)
         parameters.set_search_options(**options)
-        return self._genai.Generator(self._model, parameters), room
+        generator = self._genai.Generator(self._model, parameters)
+        if settings.adapter is not None:
+            generator.set_model_input("adapter_ids", self._adapter_ids[settings.adapter])
+        return generator, room
 
     def text(self) -> AnswerText:
         """Where the tokens of a new answer become text."""
