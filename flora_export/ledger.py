@@ -103,7 +103,8 @@ def block_records(fused: Fused) -> list[BlockRecord]:
             reason = "--adapter-precision: other bits than its hosts'"
         if backward and not forward and fused.fuse == "both":
             reason = MERGES_SIBLINGS[fused.capture.form]
-        records.append(BlockRecord(b.block, b.activation, b.rank, b.scale, fusion, reason, list(b.reads), list(b.writes)))
+        rank = b.columns if b.slots else b.rank  # of a stack, the room
+        records.append(BlockRecord(b.block, b.activation, rank, b.scale, fusion, reason, list(b.reads), list(b.writes)))
     for d in fused.detours:
         forward = detour_weight(d.host, "A") not in model.graph.initializers
         reason = "B: it needs A's result"

@@ -36,6 +36,7 @@ class LedgerEntry:
 class BlockRecord:
     """How one branch is in the graph: `fusion` is neurons, forward+backward, forward, backward or none; `reason` says why not both.
 
+    Of a bank, the rank is that of all adapters together, or in a stack the one that each has room for; scales are the ledger's.
     Of an A and a B beside one projection, `block` is the projection, which is its own host on both sides.
     """
 

@@ -6,7 +6,7 @@ Layer 0 of a stack is zeros, for the base model; layer `slot + 1` is of the adap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,10 @@ def read_stacks(artifact: Artifact) -> list[Stack]:
         value = initializers.get(weight_name(branch, matrix))
         tensor = value.const_value if value is not None else None
         dims = list(tensor.shape.numpy()) if isinstance(tensor, ir.ExternalTensor) else []
-        if not isinstance(tensor, ir.ExternalTensor) or len(dims) != 3 or dims[0] != bank.slots + 1:
+        room = 1 if matrix == "B" else 2
+        if not isinstance(tensor, ir.ExternalTensor) or len(dims) != 3 or (dims[0], dims[room]) != (bank.slots + 1, branch.rank):
             raise ArtifactError(f"{artifact.model}: {weight_name(branch, matrix)} is no stack of {bank.slots} slots. Build it again.")
-        stacks.append(Stack(replace(branch, rank=dims[1 if matrix == "B" else 2]), matrix, tensor))
+        stacks.append(Stack(branch, matrix, tensor))
     return stacks
 
 
@@ -106,7 +107,10 @@ def fitting(artifact: Artifact, path: Path) -> Checkpoint:
         if branch.activation != record.activation:
             raise CheckpointError(f"{path}: {branch.block} has the activation {branch.activation}, in the bank it is {record.activation}")
         if branch.rank > record.rank:
-            raise CheckpointError(f"{path}: {branch.block} has rank {branch.rank}, and the bank room for {record.rank}")
+            raise CheckpointError(
+                f"{path}: {branch.block} has rank {branch.rank}, and the bank room for {record.rank}. Build it with --align {branch.rank}, "
+                "which leaves room for that."
+            )
     return checkpoint
 
 
