@@ -9,24 +9,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import random_adapter, write_result
+from common import random_adapter, summary, write_result
 from quantized import show, state_cache_shapes
+from serve import Server
+from serve import measure as measure_server
 
-from flora_export.artifact import DATA, MODEL, Artifact
+from flora_export.artifact import DATA, MODEL, Artifact, open_artifact, seal
+from flora_export.backends.onnxruntime import Decoder
+from flora_export.backends.triton.config import Serving
 from flora_export.bank import LAYOUTS
 from flora_export.base_model import load_base
 from flora_export.bench import BenchOptions, measure
 from flora_export.methods import load_checkpoint
 from flora_export.methods.bank import BankOptions
 from flora_export.pipeline import BuildOptions, build
+from flora_export.publish import publish
+from flora_export.runtime import Session
+from flora_export.stacks import read_stacks
 from flora_export.verify.build_arms import BASE, LORA, Built, build_arm
+from flora_export.verify.golden import recorded_prompts, write_golden
 
 SINGLE, GENAI = "single", "genai-lora"
 
@@ -38,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--server", type=Path, help="a tritonserver: requests of 16 adapters, mixed, beside those of one")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -47,7 +58,10 @@ def main() -> None:
         "several times, medians; prompts and pasts of 128 tokens; single is one fused adapter by itself, lora an unmerged LoRA of the same "
         "rank on all projections, genai-lora that of ONNX Runtime GenAI's model builder; bytes are those of the weights' file"
     )
-    write_result(f"bank{'' if options.precision == 'fp32' else '-' + options.precision}", {"what": what, "measurements": rows})
+    content = {"what": what, "measurements": rows, "swap": time_swaps(options)}
+    if options.server is not None:
+        content["served"] = list(serve_mixed(options))
+    write_result(f"bank{'' if options.precision == 'fp32' else '-' + options.precision}", content)
 
 
 def time_arms(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -75,6 +89,88 @@ def time_arms(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]
             timing = BenchOptions(threads=options.threads, rounds=options.rounds, batch=(batch,), new_tokens=8)
             for row in measure(built, None, timing, options.threads, base.vocabulary, show):
                 yield {"rank": rank, "bytes": built[row["arm"]].bytes, **row}
+
+
+def time_swaps(options: argparse.Namespace, count: int = 16, swaps: int = 40) -> dict[str, Any]:
+    """Seconds of a swap in a loaded bank, of a load, and of a decode step before and after, beside a session that reads the file."""
+    with tempfile.TemporaryDirectory() as name:
+        work, rank = Path(name), options.rank[0]
+        pair = [random_adapter(options.base, work / f"adapter-{seed}", rank, seed) for seed in (0, 1)]
+        members = tuple((f"adapter-{index}", pair[0]) for index in range(count))
+        bank = BuildOptions(precision=options.precision, verify=False, bank=BankOptions(members, "stack", count + 1))
+        artifact, _ = build(pair[0], str(options.base), work / "out", bank, show)
+        started = time.perf_counter()
+        session = Session(artifact.path, threads=options.threads)
+        loaded = time.perf_counter() - started
+        plain = Decoder(artifact, threads=options.threads)
+        plain.choice.choose(0)
+        steps = {"file": lambda: _step(plain), "before": lambda: _session_step(session)}
+        before = _interleaved(steps)
+        seconds = []
+        for index in range(swaps):
+            started = time.perf_counter()
+            session.swap("adapter-0", pair[(index + 1) % 2])
+            seconds.append(time.perf_counter() - started)
+        after = _interleaved({"file": steps["file"], "after": steps["before"]})
+        return {
+            "adapters": count,
+            "rank": rank,
+            "load_seconds": loaded,
+            "swap_seconds": summary(seconds),
+            "decode_ratio_to_file_before": before,
+            "decode_ratio_to_file_after": after,
+            "stack_bytes": sum(stack.tensor.nbytes for stack in read_stacks(artifact)),
+            "model_bytes": (artifact.path / DATA).stat().st_size,
+        }
+
+
+def _step(decoder: Decoder) -> float:
+    decoder.start([list(range(1, 65))])
+    started = time.perf_counter()
+    for token in range(8):
+        decoder.step([token])
+    return time.perf_counter() - started
+
+
+def _session_step(session: Session) -> float:
+    with session.request(["adapter-0"]) as decoder:
+        return _step(decoder)
+
+
+def _interleaved(calls: dict[str, Callable[[], float]], rounds: int = 30) -> float:
+    """The median of the ratios of the second's times to the first's, measured in turn."""
+    first, second = calls.values()
+    first(), second()
+    return statistics.median(ratio for _ in range(rounds) for ratio in [second() / first()])
+
+
+def serve_mixed(options: argparse.Namespace, count: int = 16, clients: int = 8, requests: int = 48) -> Iterator[dict[str, Any]]:
+    """Triton: tokens per second of `generate`, requests of all adapters mixed, beside an artifact of one adapter; each server twice."""
+    with tempfile.TemporaryDirectory() as name:
+        work, rank = Path(name), options.rank[0]
+        adapter = random_adapter(options.base, work / "adapter", rank)
+        members = tuple((f"adapter-{index}", adapter) for index in range(count))
+        plain = BuildOptions(allow_vacuous=True, precision=options.precision)
+        single, _ = build(adapter, str(options.base), work / "single", plain, show)
+        bank = dataclasses.replace(plain, bank=BankOptions(members, "stack"), verify=False)
+        artifact, _ = build(adapter, str(options.base), work / "bank", bank, show)
+        borrow_golden(single, artifact)
+        for arm, own, names in ((SINGLE, single, ()), ("bank", artifact, tuple(n for n, _ in members))) * 2:
+            repo = work / f"repo-{arm}"
+            if not repo.exists():
+                publish(open_artifact(own.path), repo, Serving(concurrent=clients), show)
+            server = Server(options.server, repo, log=work / "log")
+            try:
+                server.wait()
+                yield {"arm": arm, "adapters": len(names) or 1, **measure_server(server.grpc, clients, requests, 32, names)}
+            finally:
+                server.stop()
+
+
+def borrow_golden(single: Artifact, bank: Artifact) -> None:
+    """The golden vectors of an adapter that is also a bank's first: to verify sixteen times the same one would prove no more."""
+    write_golden([dataclasses.replace(each, slot=0) for each in recorded_prompts(single)], bank.path)
+    seal(bank.path, dataclasses.replace(open_artifact(bank.path).manifest, verified=True))
 
 
 def genai_lora(base: Path, artifact: Artifact, work: Path, rank: int) -> dict[str, Built]:

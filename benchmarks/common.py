@@ -13,7 +13,7 @@ from flora_export.verify.latency import environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def random_adapter(base: Path, directory: Path, rank: int) -> Path:
+def random_adapter(base: Path, directory: Path, rank: int, seed: int = 0) -> Path:
     """A random FFBA adapter of full strength on attention and MLP: latency does not depend on the numbers."""
     import peft
     import torch
@@ -21,7 +21,7 @@ def random_adapter(base: Path, directory: Path, rank: int) -> Path:
 
     from flora_export.ffba import FFBAConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = FFBAConfig(r=rank, alpha=float(rank), gated_gain=1.0, init_ffba_weights=False, task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(directory)

@@ -8,6 +8,7 @@ Each client streams one answer after the other over gRPC (tritonclient). The ser
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import queue
 import statistics
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def main() -> None:
             server.wait()
             with urllib.request.urlopen(f"http://{server.http}/v2") as answer:
                 version = json.load(answer)["version"]
-            levels = [_measure(server.grpc, n, options.requests, options.max_tokens) for n in clients]
+            levels = [measure(server.grpc, n, options.requests, options.max_tokens) for n in clients]
         finally:
             server.stop()
     write_result(
@@ -74,14 +76,18 @@ def main() -> None:
     )
 
 
-def _measure(address: str, clients: int, requests: int, max_tokens: int) -> dict[str, Any]:
-    """One number of clients, each asking again as soon as it has its answer. Seconds; percentiles over requests."""
-    questions: queue.SimpleQueue[str] = queue.SimpleQueue()
+def measure(address: str, clients: int, requests: int, max_tokens: int, adapters: Sequence[str] = ()) -> dict[str, Any]:
+    """One number of clients, each asking again as soon as it has its answer. Seconds; percentiles over requests.
+
+    Of a bank, the requests go to `adapters` in turn.
+    """
+    questions: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
+    turn = itertools.cycle(adapters or [None])
     for problem in problems(requests, test=True, seed=clients):
-        questions.put(problem.question)
+        questions.put((problem.question, next(turn)))
     warm = problems(clients, test=True, seed=0)
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda problem: _ask(address, [problem.question], max_tokens), warm))
+        list(pool.map(lambda problem: _ask(address, [(problem.question, next(turn))], max_tokens), warm))
         started = time.perf_counter()
         found = [answer for part in pool.map(lambda _: _ask(address, questions, max_tokens), range(clients)) for answer in part]
         seconds = time.perf_counter() - started
@@ -104,12 +110,13 @@ def _ask(address: str, questions: Any, max_tokens: int) -> list[tuple[float, flo
     waiting = list(questions) if isinstance(questions, list) else None
     while True:
         try:
-            question = waiting.pop() if waiting is not None else questions.get_nowait()
+            question, adapter = waiting.pop() if waiting is not None else questions.get_nowait()
         except (IndexError, queue.Empty):
             break
         text = triton.InferInput("text_input", [1], "BYTES").set_data_from_numpy(np.array([question.encode()], np.object_))
         started, first = time.perf_counter(), 0.0
-        client.async_stream_infer("generate", [text, stream], parameters={"max_tokens": max_tokens})
+        own = {} if adapter is None else {"adapter": adapter}
+        client.async_stream_infer("generate", [text, stream], parameters={"max_tokens": max_tokens, **own})
         while True:
             result, error = results.get()
             if error is not None:
