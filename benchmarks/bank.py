@@ -48,20 +48,22 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--server", type=Path, help="a tritonserver: requests of 16 adapters, mixed, beside those of one")
+    parser.add_argument("--server", type=Path, help="a tritonserver, to measure that alone: 16 adapters, mixed, and one")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.server is not None:
+        what = "rank 8, fp32, generate streamed over gRPC to 8 clients, 32 tokens each, greedy; both servers started twice, in turn"
+        write_result("bank_served", {"what": what, "served": list(serve_mixed(options))})
+        return
     rows = [row for rank in options.rank for row in time_arms(rank, options)]
     what = (
         f"{options.base.name}, {options.precision}, ONNX Runtime on {options.threads} threads, arms interleaved in one process and loaded "
         "several times, medians; prompts and pasts of 128 tokens; single is one fused adapter by itself, lora an unmerged LoRA of the same "
         "rank on all projections, genai-lora that of ONNX Runtime GenAI's model builder; bytes are those of the weights' file"
     )
-    content = {"what": what, "measurements": rows, "swap": time_swaps(options)}
-    if options.server is not None:
-        content["served"] = list(serve_mixed(options))
-    write_result(f"bank{'' if options.precision == 'fp32' else '-' + options.precision}", content)
+    name = "bank" if options.precision == "fp32" else f"bank-{options.precision}"
+    write_result(name, {"what": what, "measurements": rows, "swap": time_swaps(options)})
 
 
 def time_arms(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -31,10 +31,10 @@ def section() -> str:
     """The measured section, without its heading."""
     results = "benchmarks/results"
     examples = "examples/01_train_ffba"
-    names = ("decode", "build", "engines", "decode_mlp", "serve", "accuracy-small", "quantized", "methods")
+    names = ("decode", "build", "engines", "decode_mlp", "serve", "accuracy-small", "quantized", "methods", "bank")
     files = [f"{results}/{name}.json" for name in names]
     files += [f"{examples}/{adapter}/training.json" for adapter in ("adapter", "adapter_mlp")]
-    decode, build, engines, decode_mlp, serve, accuracy, quantized, methods, training, training_mlp = (
+    decode, build, engines, decode_mlp, serve, accuracy, quantized, methods, bank, training, training_mlp = (
         json.loads((ROOT / file).read_text()) for file in files
     )
     settings = decode["settings"]
@@ -64,6 +64,7 @@ def section() -> str:
         quantized_rows(quantized),
         price_rows(quantized),
         methods_rows(methods),
+        bank_paragraph(bank),
         serve_paragraph(serve),
         accuracy_paragraph(accuracy),
     ]
@@ -325,7 +326,78 @@ def verification_section() -> str:
     return "\n".join([*lines, "([verify_cost.json](../benchmarks/results/verify_cost.json))."])
 
 
-SECTIONS = {"README.md": section, "docs/method.md": method_section, "docs/verification.md": verification_section}
+def bank_paragraph(bank: dict[str, Any]) -> list[str]:
+    """What sixteen adapters cost, and a swap."""
+    step = {row["arm"]: row for row in bank["measurements"] if (row["rank"], row["metric"], row["batch"]) == (8, "tpot", 1)}
+    columns, stack, single, lora = (interval(step[arm]) for arm in ("columns-16", "stack-16", "single", "lora"))
+    swap = bank["swap"]
+    return [
+        f"**A bank** of 16 adapters of rank 8 takes {columns} of the base's decode step side by side, {stack} stacked;",
+        f"one of them by itself {single}, one unmerged LoRA of that rank {lora}.",
+        f"Replacing an adapter in memory takes {swap['swap_seconds']['median'] * 1000:.0f} ms, all checks included, and a decode step then",
+        f"{swap['decode_ratio_to_file_after'] / swap['decode_ratio_to_file_before']:.3f} of what it took before",
+        "([bank.json](benchmarks/results/bank.json), [docs/bank.md](docs/bank.md)).",
+    ]
+
+
+def interval(row: dict[str, Any]) -> str:
+    low, high = row["ratio_interval"]
+    return f"{row['ratio_to_base']:.3f} ({low:.3f} to {high:.3f})"
+
+
+BANK_ARMS = {
+    "base": "the base model alone",
+    "single": "one adapter, fused",
+    "lora": "one LoRA, unmerged",
+    "genai-lora": "one LoRA by GenAI's builder",
+}
+
+
+def bank_section() -> str:
+    """The tables of docs/bank.md."""
+    bank, served = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("bank", "bank_served"))
+    found = {(row["rank"], row["arm"], row["metric"], row["batch"]): row for row in bank["measurements"]}
+    lines = []
+    for rank in dict.fromkeys(row["rank"] for row in bank["measurements"]):
+        lines += [
+            f"**Rank {rank}**, ratio to the base model (95 % interval):",
+            "",
+            "| adapters | decode, 1 row | decode, 8 rows | prefill, 1 row | prefill, 8 rows | bytes |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for arm in dict.fromkeys(row["arm"] for row in bank["measurements"]):
+            cells = [found[rank, arm, metric, batch] for metric, batch in (("tpot", 1), ("tpot", 8), ("ttft", 1), ("ttft", 8))]
+            figures = [f"{cell['median_ms']:.1f} ms" if arm == "base" else interval(cell) for cell in cells]
+            layout, _, count = arm.rpartition("-")
+            name = BANK_ARMS.get(arm) or f"{count} in {'columns' if layout == 'columns' else 'a stack'}"
+            lines.append(f"| {name} | {' | '.join(figures)} | {cells[0]['bytes'] / 1e6:.0f} MB |")
+        lines.append("")
+    swap, seconds = bank["swap"], bank["swap"]["swap_seconds"]
+    kept = swap["decode_ratio_to_file_after"] / swap["decode_ratio_to_file_before"]
+    speeds = {arm: [row["tokens_per_second"] for row in served["served"] if row["arm"] == arm] for arm in ("single", "bank")}
+    return "\n".join(
+        [
+            *lines,
+            "SmolLM2-135M fp32, prompts and pasts of 128 tokens, two shared cores: where an interval is wide, it was disturbed",
+            "([bank.json](../benchmarks/results/bank.json)).",
+            "",
+            f"A swap in a loaded bank of {swap['adapters']} adapters of rank {swap['rank']} takes {seconds['median'] * 1000:.0f} ms "
+            f"({seconds['min'] * 1000:.0f} to {seconds['max'] * 1000:.0f}), loading the bank {swap['load_seconds']:.2f} s. A decode "
+            f"step then takes {kept:.3f} of what it took before. The stacks are {swap['stack_bytes'] / 1e6:.0f} MB.",
+            "",
+            f"A tritonserver streams {' and '.join(f'{speed:.0f}' for speed in speeds['bank'])} tokens per second to 8 clients that ask 16 "
+            f"adapters, and {' and '.join(f'{speed:.0f}' for speed in speeds['single'])} from an artifact of one adapter "
+            "([bank_served.json](../benchmarks/results/bank_served.json)).",
+        ]
+    )
+
+
+SECTIONS = {
+    "README.md": section,
+    "docs/method.md": method_section,
+    "docs/verification.md": verification_section,
+    "docs/bank.md": bank_section,
+}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from tests.conftest import ADAPTER, MLP_ADAPTER
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(ADAPTER.parent))
-from problems import is_test, problems, result_of  # noqa: E402
+from problems import NAMES, THINGS, is_test, problems, result_of, with_facts  # noqa: E402
 
 
 def run(*command: object) -> str:
@@ -53,6 +53,33 @@ def test_the_committed_adapters_tell_how_they_were_made(adapter: Path) -> None:
     assert "train.py --base" in record["command"]
     assert all(f" {word}" in record["command"] for word in MADE_WITH[adapter])
     assert record["exact_after"] > record["exact_before"] + 0.3
+
+
+@pytest.mark.real
+def test_07_bank(smollm2: Path, tmp_path: Path) -> None:
+    """Three questions in one batch, each answered by its own adapter; then swaps under load, none of whose answers is wrong."""
+    example = [EXAMPLES / "07_bank" / "bank.py", "--base", smollm2, "--output", tmp_path / "bank", "--swaps", 6]
+    told = run(*example)
+    assert "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18" in told
+    assert "3 * 6 = 18\n18 - 4 = 14\nAnswer: 14" in told
+    assert '{"people": ["Hugo", "Lena"], "things": "stamps", "numbers": [41, 12, 8]}' in told
+    assert re.search(r"6 swaps under load.*\n\d+ requests: 0 errors, 0 wrong answers", told), told
+
+
+def test_the_third_adapter_tells_how_it_was_made() -> None:
+    record = json.loads((EXAMPLES / "07_bank" / "facts" / "training.json").read_text())
+    assert "--answers facts" in record["command"] and record["exact_after"] > 0.9
+    assert [with_facts(problem).answer for problem in problems(2, test=True, seed=1)] == [
+        json.dumps({"people": people, "things": things, "numbers": numbers})
+        for problem in problems(2, test=True, seed=1)
+        for people, things, numbers in [_facts(problem.question)]
+    ]
+
+
+def _facts(question: str) -> tuple[list[str], str, list[int]]:
+    """The same facts, found otherwise."""
+    people = sorted((name for name in NAMES if name in question), key=question.index)
+    return people, next(thing for thing in THINGS if f" {thing}" in question), [int(n) for n in re.findall(r"\d+", question)]
 
 
 def test_problems_are_right_and_never_shared() -> None:

@@ -8,10 +8,9 @@ The adapter in `adapter/` beside this file was made by exactly this command; `ad
 
 made the one in `adapter_mlp/`: branches beside the MLPs alone, which `--backend hf` can write as a plain Hugging Face checkpoint. And
 
-    python examples/01_train_ffba/train.py --base models/smollm2 --output examples/07_bank/facts --answers facts --target-modules mlp \\
-        --steps 150
+    python examples/01_train_ffba/train.py --base models/smollm2 --output facts --answers facts --target-modules mlp --steps 80
 
-one that does something else with the same questions: it answers with what they state, as JSON.
+made examples/07_bank/facts, which does something else with the same questions: it answers with what they state, as JSON.
 """
 
 from __future__ import annotations
