@@ -35,7 +35,7 @@ from flora_export.pipeline import BuildOptions, build
 from flora_export.publish import publish
 from flora_export.runtime import Session
 from flora_export.stacks import read_stacks
-from flora_export.verify.build_arms import BASE, LORA, Built, build_arm
+from flora_export.verify.build_arms import BASE, LORA, Built, build_arm, random_lora
 from flora_export.verify.golden import recorded_prompts, write_golden
 
 SINGLE, GENAI = "single", "genai-lora"
@@ -49,12 +49,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--server", type=Path, help="a tritonserver, to measure that alone: 16 adapters, mixed, and one")
+    parser.add_argument("--lora", action="store_true", help="measure banks of LoRAs alone")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.server is not None:
         what = "rank 8, fp32, generate streamed over gRPC to 8 clients, 32 tokens each, greedy; both servers started twice, in turn"
         write_result("bank_served", {"what": what, "served": list(serve_mixed(options))})
+        return
+    if options.lora:
+        what = f"{options.base.name}, banks of LoRAs of rank {options.rank[0]} on all projections, in columns; as in bank.json"
+        write_result("bank_lora", {"what": what, "measurements": list(time_loras(options.rank[0], options))})
         return
     rows = [row for rank in options.rank for row in time_arms(rank, options)]
     what = (
@@ -87,6 +92,26 @@ def time_arms(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]
                 bank = dataclasses.replace(plain, bank=BankOptions(members, layout))
                 artifact, _ = build(adapter, str(options.base), work / arm, bank, show)
                 built[arm] = Built(dataclasses.replace(artifact, slot=count - 1), 0)
+        for batch in options.batch:
+            timing = BenchOptions(threads=options.threads, rounds=options.rounds, batch=(batch,), new_tokens=8)
+            for row in measure(built, None, timing, options.threads, base.vocabulary, show):
+                yield {"rank": rank, "bytes": built[row["arm"]].bytes, **row}
+
+
+def time_loras(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same for banks of LoRAs, A fused forward and B beside, and one LoRA by itself, its A fused forward too or not."""
+    with tempfile.TemporaryDirectory() as name:
+        work, base = Path(name), load_base(str(options.base))
+        adapter = random_adapter(options.base, work / "adapter", rank)
+        plain = BuildOptions(precision=options.precision, verify=False)
+        single, _ = build(adapter, str(options.base), work / SINGLE, plain, show)
+        checkpoint = load_checkpoint(adapter, base)
+        built = {arm: build_arm(arm, single, base, checkpoint, work / arm) for arm in (BASE, LORA, "lora-forward")}
+        random_lora(base, rank, work / "own")
+        for count in options.adapters:
+            bank = BankOptions(tuple((f"lora-{index}", work / "own") for index in range(count)))
+            artifact, _ = build(work / "own", str(options.base), work / f"bank-{count}", dataclasses.replace(plain, bank=bank), show)
+            built[f"lora-bank-{count}"] = Built(dataclasses.replace(artifact, slot=count - 1), 0)
         for batch in options.batch:
             timing = BenchOptions(threads=options.threads, rounds=options.rounds, batch=(batch,), new_tokens=8)
             for row in measure(built, None, timing, options.threads, base.vocabulary, show):

@@ -355,7 +355,9 @@ BANK_ARMS = {
 
 def bank_section() -> str:
     """The tables of docs/bank.md."""
-    bank, served = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("bank", "bank_served"))
+    names = ("bank", "bank_served", "bank_lora")
+    bank, served, loras = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in names)
+    beside = {(row["arm"], row["metric"], row["batch"]): row for row in loras["measurements"]}
     found = {(row["rank"], row["arm"], row["metric"], row["batch"]): row for row in bank["measurements"]}
     lines = []
     for rank in dict.fromkeys(row["rank"] for row in bank["measurements"]):
@@ -372,6 +374,17 @@ def bank_section() -> str:
             name = BANK_ARMS.get(arm) or f"{count} in {'columns' if layout == 'columns' else 'a stack'}"
             lines.append(f"| {name} | {' | '.join(figures)} | {cells[0]['bytes'] / 1e6:.0f} MB |")
         lines.append("")
+    lines += [
+        "**LoRA of rank 8**, all projections, in columns: ratio to the base ([bank_lora.json](../benchmarks/results/bank_lora.json)):",
+        "",
+        "| LoRAs | decode, 1 row | decode, 8 rows | prefill, 1 row | prefill, 8 rows |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in loras["measurements"] if row["arm"] != "base"):
+        figures = [interval(beside[arm, metric, batch]) for metric, batch in (("tpot", 1), ("tpot", 8), ("ttft", 1), ("ttft", 8))]
+        name = {"lora": "one, A and B beside", "lora-forward": "one, A fused"}.get(arm) or f"a bank of {arm.rpartition('-')[2]}"
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+    lines.append("")
     swap, seconds = bank["swap"], bank["swap"]["swap_seconds"]
     kept = swap["decode_ratio_to_file_after"] / swap["decode_ratio_to_file_before"]
     speeds = {arm: [row["tokens_per_second"] for row in served["served"] if row["arm"] == arm] for arm in ("single", "bank")}

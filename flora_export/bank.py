@@ -10,7 +10,10 @@ base's projections. Its slots can be empty, and be filled or replaced later.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from flora_export.errors import FloraExportError
 
 ADAPTER_IDS = "adapter_ids"
 BASE = -1  # the id of the base model, and its name at the edge
@@ -47,12 +50,16 @@ class Bank:
         return {name: slot for slot, name in enumerate(self.names) if name}
 
     def slot(self, name: str) -> int:
-        """The id of an adapter by its name, or of the base model. Raises KeyError with the names that there are."""
-        if name == BASE_NAME:
-            return BASE
-        if name not in self.taken:
-            raise KeyError(f"there is no adapter {name!r}; there are {', '.join([*self.taken, BASE_NAME])}")
-        return self.taken[name]
+        """As `find_slot`."""
+        return find_slot(self.taken, name)
+
+
+def find_slot(taken: Mapping[str, int], name: str) -> int:
+    """The id of an adapter by its name, or of the base model. Raises FloraExportError with the names that there are."""
+    known = {**taken, BASE_NAME: BASE}
+    if name not in known:
+        raise FloraExportError(f"there is no adapter {name!r}; there are {', '.join(known)}")
+    return known[name]
 
 
 def slot_tensor(slot: int, tensor: str) -> str:

@@ -150,10 +150,7 @@ def _chosen(artifact: Artifact, adapters: Sequence[str], prompts: int, *, adapte
             f"{artifact.path} is a bank: say who answers with --adapter NAME, once for all prompts or once for each, in order (it was "
             f"given {len(names)} times for {prompts}). There are {', '.join([*bank.taken, BASE_NAME])}."
         )
-    try:
-        chosen = [(name, bank.slot(name)) for name in names]
-    except KeyError as error:
-        raise FloraExportError(f"{artifact.path}: {error.args[0]}") from error
+    chosen = [(name, bank.slot(name)) for name in names]
     return chosen if len(chosen) == prompts else chosen * prompts
 
 

@@ -27,7 +27,7 @@ import onnxruntime as ort
 
 from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends.onnxruntime import Decoder
-from flora_export.bank import BASE, BASE_NAME
+from flora_export.bank import find_slot
 from flora_export.errors import ArtifactError, BackendError, FloraExportError, VerificationError
 from flora_export.ledger import sha256_of
 from flora_export.stacks import bank_of, checked_name, fitting, layers_of, read_stacks
@@ -82,7 +82,7 @@ class Session:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed_for not in adapters)
-            slots = [self._slot(name) for name in adapters]
+            slots = [find_slot(self._names, name) for name in adapters]
             self._running.update(set(slots))
         try:
             decoder = self._decoder.sibling()
@@ -143,13 +143,6 @@ class Session:
                 "while it runs. Build in fp32, int8 or int4."
             )
 
-    def _slot(self, name: str) -> int:
-        if name == BASE_NAME:
-            return BASE
-        if name not in self._names:
-            raise FloraExportError(f"there is no adapter {name!r}; there are {', '.join([*self._names, BASE_NAME])}")
-        return self._names[name]
-
     def _free_slot(self, name: str, timeout: float | None) -> tuple[int, int | None]:
         """(a slot that no one reads, the one that the name has now). A slot of the name's own is closed for new requests meanwhile."""
         with self._changed:
@@ -163,11 +156,13 @@ class Session:
                     f"all {self._slots} slots are taken: swap one of {', '.join(self._names)}, or build with more --slots"
                 )
             self._closed_for = name
-            found = self._changed.wait_for(lambda: any(not self._running[slot] for slot in own), timeout)
-            if not found:
+            try:
+                if not self._changed.wait_for(lambda: any(not self._running[slot] for slot in own), timeout):
+                    raise FloraExportError(f"the requests of {name!r} have not ended within {timeout:g} seconds, and no slot is free")
+            except BaseException:
                 self._closed_for = None
                 self._changed.notify_all()
-                raise FloraExportError(f"the requests of {name!r} have not ended within {timeout:g} seconds, and no slot is free")
+                raise
             return next(slot for slot in own if not self._running[slot]), former
 
     def _open(self, name: str, slot: int | None) -> None:

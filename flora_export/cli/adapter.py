@@ -18,7 +18,7 @@ from flora_export.cli.common import (
     run_command,
     vacuous_option,
 )
-from flora_export.cli.triton import published_text
+from flora_export.cli.triton import say_published
 
 
 def _shared(command: Callable[..., None]) -> Callable[..., Any]:
@@ -66,10 +66,7 @@ def publish_adapter(repo: Path, ckpt: Path, name: str, base: str | None, allow_v
         from flora_export.verify.parity import VerifyOptions
 
         done = publishing.publish_adapter(repo, name, ckpt, base, VerifyOptions(allow_vacuous), progress())
-        if as_json:
-            print_json({"repository": str(repo), "version": done.version, "former": done.former, "models": done.models})
-        else:
-            click.echo(published_text(repo, done.version, done.former, done.models))
+        say_published(repo, done, as_json)
         return 0
 
     run_command(run, as_json)

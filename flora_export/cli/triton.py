@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from flora_export.cli.common import DIRECTORY, json_option, print_json, progress, run_command
+
+if TYPE_CHECKING:
+    from flora_export.publish import Published
 
 
 @click.command()
@@ -64,15 +68,15 @@ def triton(
         else:
             serving = Serving(instances, max_batch, concurrent, threads, max_queue, check_files)
             done = publishing.publish(open_artifact(paths[0]), repo, serving, progress())
-        if as_json:
-            print_json({"repository": str(repo), "version": done.version, "former": done.former, "models": done.models})
-        else:
-            click.echo(published_text(repo, done.version, done.former, done.models))
+        say_published(repo, done, as_json)
         return 0
 
     run_command(run, as_json)
 
 
-def published_text(repo: Path, version: int, former: int | None, models: tuple[str, ...]) -> str:
-    before = f" (before: version {former})" if former is not None else ""
-    return f"{repo}: version {version} is live{before}: {', '.join(models)}"
+def say_published(repo: Path, done: Published, as_json: bool) -> None:
+    if as_json:
+        print_json({"repository": str(repo), "version": done.version, "former": done.former, "models": done.models})
+    else:
+        before = f" (before: version {done.former})" if done.former is not None else ""
+        click.echo(f"{repo}: version {done.version} is live{before}: {', '.join(done.models)}")
