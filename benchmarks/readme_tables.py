@@ -334,8 +334,8 @@ def bank_paragraph(bank: dict[str, Any]) -> list[str]:
     return [
         f"**A bank** of 16 adapters of rank 8 takes {columns} of the base's decode step side by side, {stack} stacked;",
         f"one of them by itself {single}, one unmerged LoRA of that rank {lora}.",
-        f"Replacing an adapter in memory takes {swap['swap_seconds']['median'] * 1000:.0f} ms, all checks included, and a decode step then",
-        f"{swap['decode_ratio_to_file_after'] / swap['decode_ratio_to_file_before']:.3f} of what it took before",
+        f"Replacing an adapter in memory takes {swap['swap_seconds']['median'] * 1000:.0f} ms, its file read, checked and compared;",
+        f"a decode step then takes {swap['decode_ratio_to_file_after'] / swap['decode_ratio_to_file_before']:.3f} of what it took before",
         "([bank.json](benchmarks/results/bank.json), [docs/bank.md](docs/bank.md)).",
     ]
 
@@ -375,7 +375,8 @@ def bank_section() -> str:
             lines.append(f"| {name} | {' | '.join(figures)} | {cells[0]['bytes'] / 1e6:.0f} MB |")
         lines.append("")
     lines += [
-        "**LoRA of rank 8**, all projections, in columns: ratio to the base ([bank_lora.json](../benchmarks/results/bank_lora.json)):",
+        f"**LoRA of rank {loras['measurements'][0]['rank']}** on all projections, in columns, ratio to the base model",
+        "([bank_lora.json](../benchmarks/results/bank_lora.json)):",
         "",
         "| LoRAs | decode, 1 row | decode, 8 rows | prefill, 1 row | prefill, 8 rows |",
         "| --- | --- | --- | --- | --- |",

@@ -37,7 +37,7 @@ class Bank:
         object.__setattr__(self, "digests", tuple(self.digests))
         taken = [name for name in self.names if name != ""]
         sound = all(isinstance(name, str) and NAME.fullmatch(name) and name != BASE_NAME for name in taken)
-        if self.layout not in LAYOUTS or not sound or len(set(taken)) < len(taken) or len(self.digests) != len(self.names):
+        if self.layout not in LAYOUTS or not sound or not taken or len(set(taken)) < len(taken) or len(self.digests) != len(self.names):
             raise ValueError(f"bank is {self.layout!r} with the adapters {self.names!r}")
 
     @property
@@ -68,5 +68,8 @@ def slot_tensor(slot: int, tensor: str) -> str:
 
 
 def slot_of(tensor: str) -> int:
-    """The adapter that a name of `slot_tensor` says."""
-    return int(tensor.partition(":")[0])
+    """The adapter that a name of `slot_tensor` says. Raises FloraExportError: it says none."""
+    slot, mark, _ = tensor.partition(":")
+    if not mark or not slot.isdecimal():
+        raise FloraExportError(f"{tensor!r} is no tensor of an adapter in a bank, whose names begin with a slot")
+    return int(slot)

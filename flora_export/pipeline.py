@@ -61,7 +61,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
             base, checkpoint = load_bank(members, base_name, layout, bank.slots or len(members))
         backend, golden = load_backend(options.backend), golden_prompts(base)
         if checkpoint.bank is not None and not backend.banks:
-            raise FloraExportError(f"--backend {options.backend} takes one adapter; a bank is built for onnxruntime and triton")
+            raise FloraExportError(f"--backend {options.backend} takes one adapter; a bank is built for onnxruntime, triton and tensorrt")
         plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
         progress("capturing the base model", 0, 1)
         quantization = plan.quantization

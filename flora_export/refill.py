@@ -11,6 +11,7 @@ import numpy as np
 from flora_export.artifact import (
     DATA,
     GOLDEN,
+    MANIFEST,
     REPORT,
     Artifact,
     changed_files,
@@ -53,10 +54,12 @@ def refill(
     if base.digests != old.manifest.base["files"]:
         raise ArtifactError(f"{base.path} is not the base model that {path} was built from: its SHA-256 is another")
     fitting(old, ckpt)
+    if GOLDEN not in old.manifest.files:
+        raise ArtifactError(f"{path} was built with --no-verify, so there are no golden vectors to replay. Build it verified.")
     adapter, slot = load_checkpoint(ckpt, base, merge=False), free_slot(bank, name)
     with staged(output, force=force) as directory:
         with writing(output):
-            for file in (old.path / each for each in old.manifest.files):
+            for file in (old.path / each for each in old.manifest.files if each not in (MANIFEST, REPORT)):
                 (shutil.copyfile if file.name == DATA else link_or_copy)(file, directory / file.name)
             entries = _write(Artifact(directory, old.manifest), adapter, slot)
         artifact = Artifact(directory, _restated(old.manifest, name, slot, adapter, entries), slot)
@@ -74,6 +77,8 @@ def refill(
             raise VerificationError(report.to_text(), report.to_dict())
         with writing(output):
             (directory / REPORT).write_text(report.to_json(), encoding="utf-8")
+        if open_artifact(path).manifest != old.manifest:
+            raise ArtifactError(f"{path} has changed while {name!r} was put into it, and would lose that: do it again")
     return Artifact(output, artifact.manifest), report
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,14 +75,18 @@ class Session:
             return tuple(self._names)
 
     @contextmanager
-    def request(self, adapters: Sequence[str]) -> Iterator[Decoder]:
+    def request(self, adapters: Sequence[str], *, timeout: float | None = None) -> Iterator[Decoder]:
         """A decoder for one batch, whose rows have these adapters, the ones of this moment to the end.
 
+        It waits, at most `timeout` seconds, while a swap waits for other requests of the same adapter to end. A thread that has such a
+        request open must not wait here: with an empty slot in the bank no one waits.
+
         Raises:
-            FloraExportError: there is no adapter of that name.
+            FloraExportError: there is no adapter of that name, or the swap has not ended in time.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed_for not in adapters)
+            if not self._changed.wait_for(lambda: self._closed_for not in adapters, timeout):
+                raise FloraExportError(f"{self._closed_for!r} is being replaced, and was not within {timeout:g} seconds")
             slots = [find_slot(self._names, name) for name in adapters]
             self._running.update(set(slots))
         try:
@@ -98,7 +103,7 @@ class Session:
 
         Args:
             golden: an artifact that was built with the adapter by that name: its golden vectors are replayed before anyone is served.
-            timeout: seconds to wait for requests that are under way, where no slot is free.
+            timeout: seconds to wait for other swaps, and for requests that are under way where no slot is free.
 
         Raises:
             CheckpointError: the adapter is damaged or does not fit. Nothing has changed.
@@ -109,20 +114,25 @@ class Session:
         checkpoint = fitting(self.artifact, ckpt)
         layers = [(stack.name, layer) for stack, _, layer in layers_of(self._stacks, checkpoint)]  # all is read before one byte is written
         recorded = [] if golden is None else _recordings(golden, name, self.artifact)
-        with self._swapping:
-            slot, former = self._free_slot(name, timeout)
-            kept = [(stack, self._memory[stack][slot + 1].copy()) for stack, _ in layers]
-            try:
-                self._write(slot, layers)
-                own = [dataclasses.replace(each, slot=slot) for each in recorded]
-                if own and (faults := replay(self.artifact, self._decoder.sibling(), own)):
-                    raise VerificationError(f"{ckpt} does not answer as was recorded: {'; '.join(faults)}", {})
-            except BaseException:
-                for stack, values in kept:
-                    self._memory[stack][slot + 1] = values
-                self._open(name, former)
-                raise
-            self._open(name, slot)
+        end = None if timeout is None else time.monotonic() + timeout
+        if not self._swapping.acquire(timeout=-1 if timeout is None else timeout):
+            raise FloraExportError(f"another swap has not ended within {timeout:g} seconds")
+        former, kept = self._names.get(name), list[tuple[Array, Array]]()
+        try:
+            slot = self._free_slot(name, None if end is None else end - time.monotonic())
+            kept += [(self._memory[stack][slot + 1], self._memory[stack][slot + 1].copy()) for stack, _ in layers]
+            self._write(slot, layers)
+            own = [dataclasses.replace(each, slot=slot) for each in recorded]
+            if own and (faults := replay(self.artifact, self._decoder.sibling(), own)):
+                raise VerificationError(f"{ckpt} does not answer as was recorded: {'; '.join(faults)}", {})
+            former = slot
+        except BaseException:
+            for layer, values in kept:
+                layer[...] = values
+            raise
+        finally:
+            self._open(name, former)
+            self._swapping.release()
 
     def _check_memory(self) -> None:
         """Prove that the runtime reads the stacks in every run: the base model's layer of zeros is another for a moment.
@@ -143,27 +153,22 @@ class Session:
                 "while it runs. Build in fp32, int8 or int4."
             )
 
-    def _free_slot(self, name: str, timeout: float | None) -> tuple[int, int | None]:
-        """(a slot that no one reads, the one that the name has now). A slot of the name's own is closed for new requests meanwhile."""
+    def _free_slot(self, name: str, timeout: float | None) -> int:
+        """A slot that no one reads. Where it is the name's own, the name is closed for new requests meanwhile."""
         with self._changed:
             former = self._names.get(name)
             free = [slot for slot in range(self._slots) if slot not in self._names.values() and not self._running[slot]]
             if free:
-                return free[0], former
+                return free[0]
             own = [slot for slot in range(self._slots) if slot not in self._names.values() or slot == former]
             if not own:
                 raise FloraExportError(
                     f"all {self._slots} slots are taken: swap one of {', '.join(self._names)}, or build with more --slots"
                 )
             self._closed_for = name
-            try:
-                if not self._changed.wait_for(lambda: any(not self._running[slot] for slot in own), timeout):
-                    raise FloraExportError(f"the requests of {name!r} have not ended within {timeout:g} seconds, and no slot is free")
-            except BaseException:
-                self._closed_for = None
-                self._changed.notify_all()
-                raise
-            return next(slot for slot in own if not self._running[slot]), former
+            if not self._changed.wait_for(lambda: any(not self._running[slot] for slot in own), timeout):
+                raise FloraExportError(f"the requests of {name!r} have not ended in time, and no slot is free")
+            return next(slot for slot in own if not self._running[slot])
 
     def _open(self, name: str, slot: int | None) -> None:
         """From now on the name means this slot."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from flora_export.artifact import Artifact
+from flora_export.artifact import DATA, Artifact
 from flora_export.bank import BASE_NAME, NAME, STACK, Bank, slot_tensor
 from flora_export.base_model import BaseModel, read_json
 from flora_export.branch import BLOCK_KINDS, Branch
@@ -81,7 +81,12 @@ def read_stacks(artifact: Artifact) -> list[Stack]:
         tensor = value.const_value if value is not None else None
         dims = list(tensor.shape.numpy()) if isinstance(tensor, ir.ExternalTensor) else []
         room = 1 if matrix == "B" else 2
-        if not isinstance(tensor, ir.ExternalTensor) or len(dims) != 3 or (dims[0], dims[room]) != (bank.slots + 1, branch.rank):
+        if (
+            not isinstance(tensor, ir.ExternalTensor)
+            or str(tensor.location) != DATA
+            or len(dims) != 3
+            or (dims[0], dims[room]) != (bank.slots + 1, branch.rank)
+        ):
             raise ArtifactError(f"{artifact.model}: {weight_name(branch, matrix)} is no stack of {bank.slots} slots. Build it again.")
         stacks.append(Stack(branch, matrix, tensor))
     return stacks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from flora_export.artifact import MANIFEST, Artifact, open_artifact
+from flora_export.backends import Limits
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.bank import BASE, COLUMNS, LAYOUTS, STACK, slot_of
 from flora_export.bench import BenchOptions, bench
@@ -22,7 +23,12 @@ from flora_export.cli import main
 from flora_export.errors import BackendError, CheckpointError, FloraExportError, FusionError, VerificationError
 from flora_export.methods.bank import BankOptions, named
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
+from flora_export.proof import LedgerReport
+from flora_export.verify.bank import join, mixed
 from flora_export.verify.golden import recorded_prompts
+from flora_export.verify.numerics import Expected
+from flora_export.verify.price import Price
+from flora_export.verify.report import Report
 from tests.banks import NAMES, PROMPTS, fill, logits, make_bank, scaled
 from tests.conftest import silent
 from tests.families import make_adapter, make_lora
@@ -182,6 +188,8 @@ def test_loras_stand_side_by_side(base: Path, adapters: dict[str, Path], tmp_pat
     assert min(np.abs(rows[i] - rows[j]).max() for i in range(4) for j in range(i)) > 1e-3
     with pytest.raises(CheckpointError, match="a stack has places for FFBA alone"):
         make_bank(loras, base, tmp_path / "no", STACK)
+    with pytest.raises(CheckpointError, match="without --slots"):
+        make_bank(loras, base, tmp_path / "no", None, slots=8)
     with pytest.raises(CheckpointError, match="not both"):
         make_bank(loras | {"ffba": adapters["second"]}, base, tmp_path / "no", None)
 
@@ -193,6 +201,8 @@ def test_what_no_bank_can_hold_is_refused(base: Path, adapters: dict[str, Path],
     dora = make_lora(base, tmp_path / "dora", use_dora=True)
     with pytest.raises(CheckpointError, match="DoRA"):
         make_bank({"first": adapters["first"], "dora": dora}, base, tmp_path / "out", COLUMNS)
+    with pytest.raises(FloraExportError, match="adapters stand in a stack"):
+        make_bank(adapters, base, tmp_path / "out", COLUMNS, precision="int4")
     with pytest.raises(FloraExportError, match="takes one adapter"):
         make_bank(adapters, base, tmp_path / "out", None, backend="hf")
     for options in (BankOptions(tuple(adapters.items()), "columns", None),):
@@ -237,7 +247,14 @@ def test_on_the_command_line(adapters: dict[str, Path], base: Path, tmp_path: Pa
 
 
 def test_a_manifest_that_lies_about_its_bank_is_refused(bank: Artifact, tmp_path: Path) -> None:
-    for change in ({"names": ["a", "a", "b"]}, {"names": ["../a", "b", "c"]}, {"layout": "heap"}, {"digests": []}, {"more": 1}):
+    for change in (
+        {"names": ["", "", ""]},
+        {"names": ["a", "a", "b"]},
+        {"names": ["../a", "b", "c"]},
+        {"layout": "heap"},
+        {"digests": []},
+        {"more": 1},
+    ):
         out = Path(shutil.copytree(bank.path, tmp_path / "out"))
         content = json.loads((out / MANIFEST).read_text())
         content["bank"] |= change
@@ -267,3 +284,36 @@ def test_a_bank_is_measured_beside_what_else_could_serve(bank: Artifact, base: P
     assert parameters["bank"] == 3 * parameters["single"] and 1 < sizes["single"] < sizes["bank"]
     with pytest.raises(FloraExportError, match="whose arms are base, single, bank, lora"):
         bench(bank.path, str(base), BenchOptions(arms=("fused",)), silent)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_no_adapter_is_left_out_of_mixed_batches(rows: int, bank: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner that takes few rows gets more batches, each with a row of the base model; one that takes a single row is told of."""
+    batches: list[list[int]] = []
+    start = Decoder.start
+
+    def counted(self: Decoder, prompts: Sequence[list[int]]) -> list[np.ndarray]:
+        batches.append([int(slot) for slot in self.choice.ids(len(prompts))])
+        return start(self, prompts)
+
+    monkeypatch.setattr(Decoder, "start", counted)
+    monkeypatch.setattr(Decoder, "limits", property(lambda _: Limits(batch=rows), lambda *_: None), raising=False)
+    assert bank.manifest.bank is not None
+    vocabulary = int(bank.manifest.outputs[0].shape[-1])
+    truth = Expected("prompt", [1, 2], [3, 4], *(np.zeros((4, vocabulary), np.float32) for _ in range(2)))
+    result = mixed(bank, bank.manifest.bank, {slot: [truth] for slot in range(3)})
+    seen = {slot for batch in batches for slot in batch}
+    if rows == 1:
+        assert not seen and result.causes[0].startswith("no mixed batch can be run: it takes 1 rows")
+    else:
+        assert seen == {0, 1, 2, BASE} and max(map(len, batches)) == rows
+        assert all(BASE in batch for batch in batches)
+
+
+def test_the_price_of_a_bank_is_that_of_its_worst_adapter() -> None:
+    whole, parts = Report(LedgerReport()), []
+    for name, moved, kl in (("a", 0.3, 0.01), ("b", 0.2, 0.09)):
+        report = Report(LedgerReport(), price=Price(None, moved, kl, kl, 1.0, 0.0, 1.0), max_quantization_loss=0.05)
+        join(whole, report, name)
+        parts.append(report)
+    assert whole.price is parts[1].price and whole.causes

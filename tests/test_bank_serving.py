@@ -23,9 +23,9 @@ from flora_export.backends.triton.config import Serving, Warmup, decoder_config,
 from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Settings
 from flora_export.backends.triton.models.scheduler import Scheduler
 from flora_export.backends.triton.repository import check, live
-from flora_export.bank import LAYOUTS
+from flora_export.bank import LAYOUTS, STACK
 from flora_export.cli import main
-from flora_export.errors import FloraExportError
+from flora_export.errors import BackendError, FloraExportError
 from flora_export.generate import generate
 from flora_export.methods.bank import BankOptions
 from flora_export.pipeline import BuildOptions, build
@@ -202,6 +202,11 @@ def test_the_form_for_tensorrt(bank: Artifact) -> None:
     """Written, not run by us."""
     engine = {"flavour": "tensorrt", "profiles": {name: {"batch": [1, 1, 4]} for name in ("prefill", "decode")}}
     manifest = dataclasses.replace(bank.manifest, backend="tensorrt", target="cuda", engine=engine)
+    assert bank.manifest.bank is not None
+    if bank.manifest.bank.layout == STACK:  # whose adapters are inputs of the engine
+        with pytest.raises(BackendError, match="which no request gives"):
+            decoder_config(manifest, 1, Serving(), Warmup({}, {}))
+        return
     (ids,) = (t for t in parse(decoder_config(manifest, 1, Serving(), Warmup({}, {}))).input if t.name == "adapter_ids")
     assert (list(ids.dims), ids.HasField("reshape")) == ([1], True)
 

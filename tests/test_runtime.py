@@ -165,10 +165,23 @@ def test_a_swap_waits_for_requests_where_no_slot_is_free(adapters: Adapters, bas
     session = Session(make_bank(two, base, tmp_path / "out", STACK, verify=False).path)
     with session.request(["first"]) as decoder:
         before = logits(decoder, PROMPTS[:1], None)[0]
-        with pytest.raises(FloraExportError, match=r"have not ended within 0\.05 seconds"):
+        with pytest.raises(FloraExportError, match="have not ended in time"):
             session.swap("first", adapters["third"], timeout=0.05)
         session.swap("second", adapters["third"])  # no one uses that
         assert np.array_equal(logits(decoder, PROMPTS[:1], None)[0], before)
+    session.swap("first", adapters["third"], timeout=5)
+    with session.request(["first"]):
+        waiting = threading.Thread(target=lambda: session.swap("first", adapters["first"], timeout=60))
+        waiting.start()
+        while session._closed_for is None:
+            time.sleep(0.01)
+        with pytest.raises(FloraExportError, match="another swap has not ended"):
+            session.swap("second", adapters["third"], timeout=0.05)
+        assert len(answers(session, "second", "base")) == 2  # who asks another adapter does not wait
+        again = session.request(["first"], timeout=0)  # a thread that must not wait for itself
+        with pytest.raises(FloraExportError, match="'first' is being replaced, and was not within 0 seconds"):
+            again.__enter__()
+    waiting.join()
     session.swap("first", adapters["third"], timeout=5)
     with session.request(["first"]) as decoder:
         assert not np.array_equal(logits(decoder, PROMPTS[:1], None)[0], before)
@@ -243,3 +256,19 @@ def test_a_refill_that_cannot_be_leaves_all_as_it_was(
     with pytest.raises(CheckpointError, match="more"):
         attempt("third", huge)
     assert {file.name: file.read_bytes() for file in served.path.iterdir()} == before
+
+
+def test_two_refills_at_once_do_not_lose_one(served: Artifact, adapters: Adapters, base: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(served.path, tmp_path / "out"))
+
+    def meanwhile(what: str, done: int, of: int) -> None:
+        if what == "replaying the other adapters":
+            refill(out, "second", adapters["third"], str(base), out, VerifyOptions(), silent, force=True)
+
+    with pytest.raises(ArtifactError, match="has changed while 'first' was put into it"):
+        refill(out, "first", adapters["third"], str(base), out, VerifyOptions(), meanwhile, force=True)
+    bank = open_artifact(out).manifest.bank
+    assert bank is not None and bank.digests[0] != bank.digests[1]
+    bare = make_bank({"first": adapters["first"]}, base, tmp_path / "bare", STACK, slots=2, verify=False)
+    with pytest.raises(ArtifactError, match="was built with --no-verify"):
+        refill(bare.path, "second", adapters["third"], str(base), bare.path, VerifyOptions(), silent, force=True)

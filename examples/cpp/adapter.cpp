@@ -76,8 +76,10 @@ class Configuration {
 
   // "model.layers.3.mlp" -> 3
   static std::int64_t layer_of(const Block& block) {
-    const std::size_t end = block.name.rfind('.'), begin = block.name.rfind('.', end - 1) + 1;
     std::int64_t layer = -1;
+    const std::size_t end = block.name.rfind('.');
+    if (end == std::string::npos || end == 0) return layer;
+    const std::size_t begin = block.name.rfind('.', end - 1) + 1;
     std::from_chars(block.name.data() + begin, block.name.data() + end, layer);
     return layer;
   }

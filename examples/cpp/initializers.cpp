@@ -88,7 +88,10 @@ Initializer read_one(const Artifact& artifact, const std::vector<Field>& fields)
     if (dimension < 1 || count > std::numeric_limits<std::int32_t>::max() / dimension) throw damaged(name + " has an odd shape");
     count *= dimension;
   }
-  std::from_chars(offset.data(), offset.data() + offset.size(), begin);  // without an offset it is the file's first
+  if (!offset.empty()) {  // without one it is the file's first
+    const auto [stop, wrong] = std::from_chars(offset.data(), offset.data() + offset.size(), begin);
+    if (wrong != std::errc() || stop != offset.data() + offset.size()) throw damaged(name + " has an odd offset");
+  }
   const auto file = artifact.directory / "model.onnx.data";
   const std::int64_t size = count * static_cast<std::int64_t>(sizeof(float)), whole = static_cast<std::int64_t>(file_size(file));
   if (location != file.filename() || begin < 0 || begin > whole - size) throw damaged(name + " does not lie in model.onnx.data");
@@ -110,7 +113,8 @@ std::map<std::string, Initializer> read_initializers(const Artifact& artifact, c
       if (node.id != graph_initializer) continue;
       const std::vector<Field> fields = fields_of(node.bytes);
       const std::string name = text_of(fields, tensor_name);
-      if (std::ranges::find(names, name) != names.end()) found.emplace(name, read_one(artifact, fields));
+      if (std::ranges::find(names, name) == names.end()) continue;
+      if (!found.emplace(name, read_one(artifact, fields)).second) throw damaged("it has two weights " + name);
     }
   }
   for (const std::string& name : names) {

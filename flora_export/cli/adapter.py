@@ -18,11 +18,12 @@ from flora_export.cli.common import (
     run_command,
     vacuous_option,
 )
+from flora_export.cli.quantization_options import loss_option
 from flora_export.cli.triton import say_published
 
 
 def _shared(command: Callable[..., None]) -> Callable[..., Any]:
-    command = vacuous_option(base_option(command))
+    command = vacuous_option(loss_option(base_option(command)))
     return click.option("--name", required=True, help="A name that the bank has is given to CKPT; a new one takes an empty slot.")(command)
 
 
@@ -32,7 +33,16 @@ def _shared(command: Callable[..., None]) -> Callable[..., Any]:
 @click.option("--output", type=DIRECTORY, help="Write the bank there, and leave OUT as it is.")
 @_shared
 @json_option
-def set_adapter(out: Path, ckpt: Path, output: Path | None, name: str, base: str | None, allow_vacuous: bool, as_json: bool) -> None:
+def set_adapter(
+    out: Path,
+    ckpt: Path,
+    output: Path | None,
+    name: str,
+    base: str | None,
+    max_quantization_loss: float | None,
+    allow_vacuous: bool,
+    as_json: bool,
+) -> None:
     """Put the adapter CKPT into the bank OUT, compared with eager PyTorch as in a build; the others are as they were."""
 
     def run() -> int:
@@ -40,7 +50,7 @@ def set_adapter(out: Path, ckpt: Path, output: Path | None, name: str, base: str
         from flora_export.refill import refill
         from flora_export.verify.parity import VerifyOptions
 
-        options = VerifyOptions(allow_vacuous)
+        options = VerifyOptions(allow_vacuous, max_quantization_loss=max_quantization_loss)
         artifact, report = refill(out, name, ckpt, base, output or out, options, progress(), force=output is None)
         if as_json:
             print_json({"output": str(artifact.path), "verified": report.verified, "report": report.to_dict()})
@@ -57,7 +67,9 @@ def set_adapter(out: Path, ckpt: Path, output: Path | None, name: str, base: str
 @click.argument("ckpt", type=DIRECTORY)
 @_shared
 @json_option
-def publish_adapter(repo: Path, ckpt: Path, name: str, base: str | None, allow_vacuous: bool, as_json: bool) -> None:
+def publish_adapter(
+    repo: Path, ckpt: Path, name: str, base: str | None, max_quantization_loss: float | None, allow_vacuous: bool, as_json: bool
+) -> None:
     """Put the adapter CKPT into the bank that is live in the Triton model repository REPO: verified, then served as its next version."""
 
     def run() -> int:
@@ -65,7 +77,8 @@ def publish_adapter(repo: Path, ckpt: Path, name: str, base: str | None, allow_v
         from flora_export import publish as publishing
         from flora_export.verify.parity import VerifyOptions
 
-        done = publishing.publish_adapter(repo, name, ckpt, base, VerifyOptions(allow_vacuous), progress())
+        options = VerifyOptions(allow_vacuous, max_quantization_loss=max_quantization_loss)
+        done = publishing.publish_adapter(repo, name, ckpt, base, options, progress())
         say_published(repo, done, as_json)
         return 0
 

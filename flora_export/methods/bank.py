@@ -37,12 +37,18 @@ class BankOptions:
             raise FloraExportError(f"--slots makes places that are filled later, which only --bank {STACK} has")
 
     def layout_for(self, checkpoints: Sequence[Checkpoint], precision: str) -> str:
-        """The layout that was asked for, or else the one that is faster; beside quantized weights a stack, whose adapters keep theirs."""
+        """The layout that was asked for, or else the one that is faster; beside quantized weights a stack, whose adapters keep theirs.
+
+        Raises FloraExportError: columns in quantized weights, whose blocks of rows would be shared by several B.
+        """
+        if self.layout == COLUMNS and precision in BITS:
+            raise FloraExportError(f"--bank {COLUMNS} --precision {precision}: beside quantized weights adapters stand in a {STACK}")
         columns = Counter[str]()
         for checkpoint in checkpoints:
             columns.update({branch.block: branch.rank for branch in checkpoint.branches})
-        fits = max(columns.values(), default=0) <= MOST_COLUMNS and self.slots is None and precision not in BITS
-        return self.layout or (COLUMNS if fits or any(checkpoint.detours for checkpoint in checkpoints) else STACK)
+        fits = max(columns.values(), default=0) <= MOST_COLUMNS and precision not in BITS
+        beside = any(checkpoint.detours for checkpoint in checkpoints)  # LoRAs, for which a stack has no place
+        return self.layout or (COLUMNS if (fits or beside) and self.slots is None else STACK)
 
 
 def named(paths: Sequence[Path], names: Sequence[str]) -> tuple[tuple[str, Path], ...]:
@@ -78,7 +84,7 @@ def gathered(members: Mapping[int, tuple[str, Checkpoint]], layout: str, slots: 
             )
         if checkpoint.detours and layout == STACK:
             raise CheckpointError(
-                f"{checkpoint.path} ({name}) is a LoRA, and a stack has places for FFBA alone: build with --bank {COLUMNS}"
+                f"{checkpoint.path} ({name}) is a LoRA, and a stack has places for FFBA alone: build with --bank {COLUMNS}, without --slots"
             )
         branches += [dataclasses.replace(branch, keys=slot_tensor(slot, branch.keys)) for branch in checkpoint.branches]
         detours += [dataclasses.replace(d, a=slot_tensor(slot, d.a), b=slot_tensor(slot, d.b)) for d in checkpoint.detours]

@@ -46,12 +46,12 @@ def verify_bank(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint, opt
         truths[slot] = expected[:PROMPT_COUNT]
         if report.numerics is not None and report.numerics.causes and whole.first_divergence is None:
             whole.first_divergence = f"{name}: {first_divergence(alone, base, member, label)}"
-        _join(whole, report, name)
+        join(whole, report, name)
     assert whole.numerics is not None
     progress("comparing mixed batches", 0, 1)
-    mixed = _mixed(artifact, bank, truths)
-    whole.numerics.cases += mixed.cases
-    whole.numerics.causes += mixed.causes
+    together = mixed(artifact, bank, truths)
+    whole.numerics.cases += together.cases
+    whole.numerics.causes += together.causes
     if options.golden:
         with writing(artifact.path):
             write_golden([record(item, slot) for slot, items in truths.items() for item in items], artifact.path)
@@ -62,7 +62,7 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda what, done, of: progress(f"{name}: {what}", done, of)
 
 
-def _join(whole: Report, report: Report, name: str) -> None:
+def join(whole: Report, report: Report, name: str) -> None:
     """Add what was found of one adapter, under its name."""
     for field in ("numerics", "kernels"):
         found: Numerics | None = getattr(report, field)
@@ -75,23 +75,27 @@ def _join(whole: Report, report: Report, name: str) -> None:
         else:
             getattr(whole, field).cases += found.cases
             getattr(whole, field).causes += found.causes
-    if report.price is not None and (whole.price is None or report.price.effect_error > whole.price.effect_error):
+    if report.price is not None and (whole.price is None or report.price.kl_mean > whole.price.kl_mean):
         whole.price, whole.max_quantization_loss = report.price, report.max_quantization_loss
     whole.blocks += report.blocks
     whole.environment |= report.environment
 
 
-def _mixed(artifact: Artifact, bank: Bank, truths: Mapping[int, Sequence[Expected]]) -> Numerics:
+def mixed(artifact: Artifact, bank: Bank, truths: Mapping[int, Sequence[Expected]]) -> Numerics:
     """Every adapter in a batch with others and a row of the base model. A row must be right whatever stands beside it."""
     manifest = artifact.manifest
     result = Numerics(manifest.compute, TOLERANCES[manifest.compute], "mixed batches", STEPS)
     runner = open_runner(artifact, exact=True)
     names = {slot: name for name, slot in bank.taken.items()}
     # each adapter's first or second prompt, so that rows differ in length
-    own = [(slot, truths[slot][slot % PROMPT_COUNT]) for slot in names]
-    for start in range(0, len(own), ROWS):
-        rows = own[start : start + ROWS]
-        rows = [*rows, (BASE, rows[0][1])][: runner.limits.batch]
+    own = [(slot, truths[slot][slot % len(truths[slot])]) for slot in names]
+    together = min(ROWS, runner.limits.batch - 1)
+    if together < 1:
+        result.causes.append(f"no mixed batch can be run: it takes {runner.limits.batch} rows. Build with wider --profile bounds")
+        return result
+    for start in range(0, len(own), together):
+        rows = own[start : start + together]
+        rows = [*rows, (BASE, rows[0][1])]
         prompts, forced = [item.prompt for _, item in rows], [item.tokens for _, item in rows]
         runner.choice.choose([slot for slot, _ in rows])
         got = run_forced(runner, prompts, forced)

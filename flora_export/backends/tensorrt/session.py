@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,6 +24,7 @@ from flora_export.backends.tensorrt.plan import EnginePlan, engine_plan
 from flora_export.bank import ADAPTER_IDS
 from flora_export.errors import ArtifactError, BackendError
 from flora_export.stacks import fitting, layers_of, matrices_of, read_stacks
+from flora_export.weights import Array
 
 Logits = npt.NDArray[np.float32]
 Buffers = dict[str, torch.Tensor]  # by the name of the engine's input or output
@@ -144,14 +146,14 @@ class EngineDecoder:
         layers = [(stack.name, layer) for stack, _, layer in layers_of(read_stacks(self.artifact), fitting(self.artifact, ckpt))]
         with self._on_stream():
             for name, layer in layers:
-                self.stacks[name][slot + 1].copy_(torch.from_numpy(layer[0]))
+                self.stacks[name][slot + 1].copy_(_tensor(layer[0]))
         self._wait()
 
     def _load_stacks(self) -> Buffers:
         """The adapters of a bank, which are inputs of the engine."""
         if not matrices_of(self.artifact.manifest):
             return {}
-        return {stack.name: torch.from_numpy(stack.read()).to(self.device) for stack in read_stacks(self.artifact)}
+        return {stack.name: _tensor(stack.read()).to(self.device) for stack in read_stacks(self.artifact)}
 
     def _check(self, batch: int, tokens: int, most: int) -> None:
         """Shapes of a static cache never change, so nothing else would stop a write beyond its end."""
@@ -271,3 +273,10 @@ class EngineDecoder:
 
     def _reason(self) -> str:
         return " ".join(self.log.errors) or "TensorRT gives no reason"
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    """An array of numpy as a tensor; PyTorch does not know ml_dtypes' bfloat16."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

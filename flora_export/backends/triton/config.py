@@ -14,6 +14,7 @@ from typing import Any
 
 from flora_export.errors import BackendError
 from flora_export.manifest import Manifest, Tensor
+from flora_export.stacks import matrices_of
 
 DECODER, GENERATE = "decoder", "generate"
 CONFIG = "config.pbtxt"
@@ -80,6 +81,11 @@ def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: W
             raise BackendError(
                 "a Triton repository cannot serve an engine of TensorRT-RTX: Triton's tensorrt backend loads engines of the full TensorRT. "
                 "Build one with --trt-flavor tensorrt."
+            )
+        if matrices_of(manifest):
+            raise BackendError(
+                "a Triton repository cannot serve an engine whose adapters are inputs, which no request gives. Build the bank with "
+                "--bank columns, or for onnxruntime."
             )
         batch = min(batch, manifest.engine["profiles"]["decode"]["batch"][2])
         profiles = ' profile: ["0", "1"]'  # prefill and decode; without them the backend loads the first alone
@@ -172,16 +178,18 @@ def parse(text: str) -> Any:
 
 def read_serving(repo: Path) -> Serving:
     """How a repository is served now, as its configurations say it. Raises BackendError where they do not."""
+    known: dict[str, Any] = {}
     try:
-        decoder, generate = (parse((repo / model / CONFIG).read_text(encoding="utf-8")) for model in (DECODER, GENERATE))
-        parameters = {name: generate.parameters[name].string_value for name in ("concurrent_requests", "threads", "check_files")}
+        decoder = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8"))
+        if (repo / GENERATE / CONFIG).is_file():
+            parameters = parse((repo / GENERATE / CONFIG).read_text(encoding="utf-8")).parameters
+            known = {"concurrent": int(parameters["concurrent_requests"].string_value), "threads": int(parameters["threads"].string_value)}
+            known["check_files"] = parameters["check_files"].string_value == "true"
         return Serving(
             instances=decoder.instance_group[0].count,
             max_batch=decoder.max_batch_size,
-            concurrent=int(parameters["concurrent_requests"]),
-            threads=int(parameters["threads"]),
             max_queue=decoder.dynamic_batching.default_queue_policy.max_queue_size,
-            check_files=parameters["check_files"] == "true",
+            **known,
         )
     except (OSError, ValueError, IndexError) as error:
         raise BackendError(f"{repo}: its configurations cannot be read ({error}). Publish an artifact there again.") from error
