@@ -54,6 +54,13 @@ class Bank:
         return find_slot(self.taken, name)
 
 
+def checked_name(name: str) -> str:
+    """Raises FloraExportError: no adapter can have this name."""
+    if not NAME.fullmatch(name) or name == BASE_NAME:
+        raise FloraExportError(f"{name!r} cannot be an adapter's name: up to 64 letters, digits, '.', '_', '-', and not {BASE_NAME!r}")
+    return name
+
+
 def find_slot(taken: Mapping[str, int], name: str) -> int:
     """The id of an adapter by its name, or of the base model. Raises FloraExportError with the names that there are."""
     known = {**taken, BASE_NAME: BASE}

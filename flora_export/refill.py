@@ -22,14 +22,14 @@ from flora_export.artifact import (
     writing,
 )
 from flora_export.backends import Progress, backend_of
-from flora_export.bank import Bank, slot_of
+from flora_export.bank import Bank, checked_name, slot_of
 from flora_export.checkpoint import Checkpoint, digest_of_files
 from flora_export.errors import ArtifactError, FloraExportError, VerificationError
 from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.methods import load_base_of, load_checkpoint
 from flora_export.methods.bank import gathered
 from flora_export.proof import check_ledger
-from flora_export.stacks import bank_of, checked_name, entry_of, fitting, layers_of, read_stacks
+from flora_export.stacks import bank_of, entry_of, fitting, layers_of, read_stacks
 from flora_export.verify.golden import PROMPT_COUNT, record, recorded_prompts, replay, write_golden
 from flora_export.verify.parity import VerifyOptions, compared
 from flora_export.verify.report import Report

@@ -28,10 +28,10 @@ import onnxruntime as ort
 
 from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends.onnxruntime import Decoder
-from flora_export.bank import find_slot
+from flora_export.bank import checked_name, find_slot
 from flora_export.errors import ArtifactError, BackendError, FloraExportError, VerificationError
 from flora_export.ledger import sha256_of
-from flora_export.stacks import bank_of, checked_name, fitting, layers_of, read_stacks
+from flora_export.stacks import bank_of, fitting, layers_of, read_stacks
 from flora_export.verify.golden import Recorded, recorded_prompts, replay
 from flora_export.weights import Array
 

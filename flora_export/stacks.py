@@ -15,11 +15,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from flora_export.artifact import DATA, Artifact
-from flora_export.bank import BASE_NAME, NAME, STACK, Bank, slot_tensor
+from flora_export.bank import STACK, Bank, slot_tensor
 from flora_export.base_model import BaseModel, read_json
 from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.checkpoint import Checkpoint
-from flora_export.errors import ArtifactError, CheckpointError, FloraExportError
+from flora_export.errors import ArtifactError, CheckpointError
 from flora_export.ledger import load_graph, sha256_of
 from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.methods import load_checkpoint, read_config
@@ -134,10 +134,3 @@ def entry_of(stack: Stack, branch: Branch | None, slot: int, layer: Array) -> Le
         return LedgerEntry("zeros", "zeros", *where, 1.0, sha256_of(layer))
     scale = branch.scale if stack.matrix == "B" else 1.0
     return LedgerEntry(slot_tensor(slot, branch.tensor(stack.matrix)), "adapter", *where, scale, sha256_of(layer))
-
-
-def checked_name(name: str) -> str:
-    """Raises FloraExportError: no adapter can have this name."""
-    if not NAME.fullmatch(name) or name == BASE_NAME:
-        raise FloraExportError(f"{name!r} cannot be an adapter's name: up to 64 letters, digits, '.', '_', '-', and not {BASE_NAME!r}")
-    return name

@@ -215,7 +215,7 @@ def test_what_no_bank_can_hold_is_refused(base: Path, adapters: dict[str, Path],
 
 @pytest.mark.parametrize("names", [["a"], ["a", "a", "b"], ["base", "a", "b"], ["a", "../b", "c"], ["", "a", "b"]], ids=str)
 def test_names_are_checked(names: list[str], adapters: dict[str, Path]) -> None:
-    with pytest.raises(CheckpointError):
+    with pytest.raises(FloraExportError):
         named(list(adapters.values()), names)
 
 

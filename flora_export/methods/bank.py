@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_export.bank import BASE_NAME, COLUMNS, LAYOUTS, NAME, STACK, Bank, slot_tensor
+from flora_export.bank import COLUMNS, LAYOUTS, STACK, Bank, checked_name, slot_tensor
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError, FloraExportError
 from flora_export.quantization import BITS
@@ -55,16 +55,14 @@ def named(paths: Sequence[Path], names: Sequence[str]) -> tuple[tuple[str, Path]
     """Adapters by their names; without these, by the last part of each path.
 
     Raises:
-        CheckpointError: there are more or fewer names than adapters, two are the same, or one cannot be.
+        FloraExportError: there are more or fewer names than adapters, two are the same, or one cannot be.
     """
     chosen = list(names) or [re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name).lstrip("._-")[:64] for path in paths]
     if len(chosen) != len(paths):
-        raise CheckpointError(f"{len(chosen)} names ({', '.join(chosen)}) for {len(paths)} adapters: give --name once for each, in order")
+        raise FloraExportError(f"{len(chosen)} names ({', '.join(chosen)}) for {len(paths)} adapters: give --name once for each, in order")
     for name in chosen:
-        if not NAME.fullmatch(name) or name == BASE_NAME:
-            raise CheckpointError(f"{name!r} cannot be an adapter's name: up to 64 letters, digits, '.', '_', '-', and not {BASE_NAME!r}")
-        if chosen.count(name) > 1:
-            raise CheckpointError(f"two adapters have the name {name!r}: give each its own with --name, in order")
+        if chosen.count(checked_name(name)) > 1:
+            raise FloraExportError(f"two adapters have the name {name!r}: give each its own with --name, in order")
     return tuple(zip(chosen, paths, strict=True))
 
 

@@ -93,7 +93,7 @@ class SelectAdapters(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [(weight, node) for weight in list(model.graph.initializers.values()) for node in _readers(weight)]
-        waiting = [(weight, node) for weight, node in found if not _masked(node)]
+        waiting = [(weight, node) for weight, node in found if not _is_masked(node)]
         for weight, node in waiting:
             self._select_one(model, weight, node)
         return ir.passes.PassResult(model, modified=bool(waiting))
@@ -101,7 +101,7 @@ class SelectAdapters(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         for weight in model.graph.initializers.values():
             for node in _readers(weight):
-                if not _masked(node):
+                if not _is_masked(node):
                     raise FusionError(f"{weight.name}: every row would be given every adapter")
 
     def _select_one(self, model: ir.Model, weight: ir.Value, node: ir.Node) -> None:
@@ -118,18 +118,17 @@ class SelectAdapters(ir.passes.InPlacePass):
         else:
             node.replace_input_with(0, self._masked(build, source, owners, weight))
 
-    def _masked(self, build: Builder, z: ir.Value, owners: Sequence[int], weight: ir.Value) -> ir.Value:
+    def _masked(self, build: Builder, z: ir.Value, owners: list[int], weight: ir.Value) -> ir.Value:
         """z [batch, tokens, columns] where the row's adapter owns the column, and 0 elsewhere."""
         dtype = weight.dtype
         assert dtype is not None
         zero = build.constant(f"{ADAPTER_IDS}.zero.{dtype.name}", 0.0, dtype)
         return build("Where", [self._mask(build, owners), z, zero], "where")
 
-    def _mask(self, build: Builder, owners: Sequence[int]) -> ir.Value:
+    def _mask(self, build: Builder, owners: list[int]) -> ir.Value:
         """bool [batch, 1, columns]; those of equal owners are one."""
-        runs = [owner for at, owner in enumerate(owners) if at == 0 or owner != owners[at - 1]]
-        lengths = [len(owners[: at + 1]) for at in range(len(owners)) if at == len(owners) - 1 or owners[at + 1] != owners[at]]
-        name = f"{ADAPTER_IDS}.mask.{'_'.join(f'{owner}x{stop}' for owner, stop in zip(runs, lengths, strict=True))}"
+        stops = [at + 1 for at, owner in enumerate(owners) if owners[at + 1 : at + 2] != [owner]]
+        name = f"{ADAPTER_IDS}.mask.{'_'.join(f'{owners[stop - 1]}x{stop}' for stop in stops)}"
         graph = build.model.graph
         known = next((node for node in graph if node.name == f"{name}.unsqueeze"), None)
         if known is not None:
@@ -170,7 +169,7 @@ def _owners(weight: ir.Value) -> list[int]:
     return owners
 
 
-def _masked(node: ir.Node) -> bool:
+def _is_masked(node: ir.Node) -> bool:
     source = node.inputs[0]
     last = source.producer() if source is not None else None
     if last is not None and last.op_type == "Concat":
