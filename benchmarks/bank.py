@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from flora_export.artifact import DATA, MODEL, Artifact, open_artifact, seal
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.backends.triton.config import Serving
 from flora_export.bank import LAYOUTS
-from flora_export.base_model import load_base
+from flora_export.base_model import BaseModel, load_base
 from flora_export.bench import BenchOptions, measure
 from flora_export.methods import load_checkpoint
 from flora_export.methods.bank import BankOptions
@@ -75,47 +75,53 @@ def time_arms(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]
     """A row for each metric, number of rows and arm, all timed in one run."""
     with tempfile.TemporaryDirectory() as name:
         work, base = Path(name), load_base(str(options.base))
-        adapter = random_adapter(options.base, work / "adapter", rank)
-        plain = BuildOptions(precision=options.precision, verify=False)
-        single, _ = build(adapter, str(options.base), work / SINGLE, plain, show)
-        checkpoint = load_checkpoint(adapter, base)
-        built = {arm: build_arm(arm, single, base, checkpoint, work / arm) for arm in (BASE, LORA)}
+        single, built = single_arms(rank, base, work, (BASE, LORA), options)
         built[SINGLE] = Built(single, built[BASE].parameters)
         if options.precision == "fp32":
             built |= genai_lora(options.base, single, work, rank)
         for count in options.adapters:
-            members = tuple((f"adapter-{index}", adapter) for index in range(count))
             for layout in LAYOUTS:
-                arm = f"{layout}-{count}"
                 if layout == "columns" and options.precision != "fp32":
                     continue  # a quantized base has stacks beside it
-                bank = dataclasses.replace(plain, bank=BankOptions(members, layout))
-                artifact, _ = build(adapter, str(options.base), work / arm, bank, show)
-                built[arm] = Built(dataclasses.replace(artifact, slot=count - 1), 0)
-        for batch in options.batch:
-            timing = BenchOptions(threads=options.threads, rounds=options.rounds, batch=(batch,), new_tokens=8)
-            for row in measure(built, None, timing, options.threads, base.vocabulary, show):
-                yield {"rank": rank, "bytes": built[row["arm"]].bytes, **row}
+                arm = f"{layout}-{count}"
+                built[arm] = bank_arm(work / "adapter", count, layout, work / arm, options)
+        yield from timed(built, base, rank, options)
+
+
+def single_arms(
+    rank: int, base: BaseModel, work: Path, arms: Sequence[str], options: argparse.Namespace
+) -> tuple[Artifact, dict[str, Built]]:
+    """A random adapter of `work / "adapter"` by itself, and arms of `bench` beside it."""
+    adapter = random_adapter(options.base, work / "adapter", rank)
+    single, _ = build(adapter, str(options.base), work / SINGLE, BuildOptions(precision=options.precision, verify=False), show)
+    checkpoint = load_checkpoint(adapter, base)
+    return single, {arm: build_arm(arm, single, base, checkpoint, work / arm) for arm in arms}
+
+
+def bank_arm(adapter: Path, count: int, layout: str | None, out: Path, options: argparse.Namespace) -> Built:
+    """A bank that holds an adapter so many times, its last answering."""
+    bank = BankOptions(tuple((f"adapter-{index}", adapter) for index in range(count)), layout)
+    settings = BuildOptions(precision=options.precision, verify=False, bank=bank)
+    artifact, _ = build(adapter, str(options.base), out, settings, show)
+    return Built(dataclasses.replace(artifact, slot=count - 1), 0)
+
+
+def timed(built: dict[str, Built], base: BaseModel, rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for batch in options.batch:
+        timing = BenchOptions(threads=options.threads, rounds=options.rounds, batch=(batch,), new_tokens=8)
+        for row in measure(built, None, timing, options.threads, base.vocabulary, show):
+            yield {"rank": rank, "bytes": built[row["arm"]].bytes, **row}
 
 
 def time_loras(rank: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The same for banks of LoRAs, A fused forward and B beside, and one LoRA by itself, its A fused forward too or not."""
     with tempfile.TemporaryDirectory() as name:
         work, base = Path(name), load_base(str(options.base))
-        adapter = random_adapter(options.base, work / "adapter", rank)
-        plain = BuildOptions(precision=options.precision, verify=False)
-        single, _ = build(adapter, str(options.base), work / SINGLE, plain, show)
-        checkpoint = load_checkpoint(adapter, base)
-        built = {arm: build_arm(arm, single, base, checkpoint, work / arm) for arm in (BASE, LORA, "lora-forward")}
+        _, built = single_arms(rank, base, work, (BASE, LORA, "lora-forward"), options)
         random_lora(base, rank, work / "own")
         for count in options.adapters:
-            bank = BankOptions(tuple((f"lora-{index}", work / "own") for index in range(count)))
-            artifact, _ = build(work / "own", str(options.base), work / f"bank-{count}", dataclasses.replace(plain, bank=bank), show)
-            built[f"lora-bank-{count}"] = Built(dataclasses.replace(artifact, slot=count - 1), 0)
-        for batch in options.batch:
-            timing = BenchOptions(threads=options.threads, rounds=options.rounds, batch=(batch,), new_tokens=8)
-            for row in measure(built, None, timing, options.threads, base.vocabulary, show):
-                yield {"rank": rank, "bytes": built[row["arm"]].bytes, **row}
+            built[f"lora-bank-{count}"] = bank_arm(work / "own", count, None, work / f"bank-{count}", options)
+        yield from timed(built, base, rank, options)
 
 
 def time_swaps(options: argparse.Namespace, count: int = 16, swaps: int = 40) -> dict[str, Any]:

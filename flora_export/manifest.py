@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from flora_export.bank import Bank
+from flora_export.branch import BLOCK_KINDS, Branch
 from flora_export.quantization import Quantization
 
 SCHEMA_VERSION = 1
@@ -48,6 +49,12 @@ class BlockRecord:
     reason: str
     reads: list[str]
     writes: list[str]
+
+    @property
+    def branch(self) -> Branch:
+        """Itself as a branch beside a block, without its hosts."""
+        kind = BLOCK_KINDS.get(self.block.rpartition(".")[2], "mlp")
+        return Branch(self.block, kind, self.activation, self.rank, self.scale)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from flora_export.bank import Bank, checked_name, slot_of
 from flora_export.checkpoint import Checkpoint, digest_of_files
 from flora_export.errors import ArtifactError, FloraExportError, VerificationError
 from flora_export.manifest import LedgerEntry, Manifest
-from flora_export.methods import load_base_of, load_checkpoint
+from flora_export.methods import load_base_of
 from flora_export.methods.bank import gathered
 from flora_export.proof import check_ledger
-from flora_export.stacks import bank_of, entry_of, fitting, layers_of, read_stacks
+from flora_export.stacks import entry_of, fitting, layers_of, read_stacks, stacked_bank
 from flora_export.verify.golden import PROMPT_COUNT, record, recorded_prompts, replay, write_golden
 from flora_export.verify.parity import VerifyOptions, compared
 from flora_export.verify.report import Report
@@ -47,16 +47,16 @@ def refill(
     """
     checked_name(name)
     old = open_artifact(path)
-    bank = bank_of(old)
+    bank = stacked_bank(old)
     if faults := changed_files(old):
         raise ArtifactError(f"{path} is damaged: {'; '.join(faults)}. Build it again from its checkpoints.")
     base = load_base_of(ckpt, base_name)
     if base.digests != old.manifest.base["files"]:
         raise ArtifactError(f"{base.path} is not the base model that {path} was built from: its SHA-256 is another")
-    fitting(old, ckpt)
+    adapter = fitting(old, ckpt, base)
     if GOLDEN not in old.manifest.files:
         raise ArtifactError(f"{path} was built with --no-verify, so there are no golden vectors to replay. Build it verified.")
-    adapter, slot = load_checkpoint(ckpt, base, merge=False), free_slot(bank, name)
+    slot = free_slot(bank, name)
     with staged(output, force=force) as directory:
         with writing(output):
             for file in (old.path / each for each in old.manifest.files if each not in (MANIFEST, REPORT)):

@@ -30,8 +30,7 @@ from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.bank import checked_name, find_slot
 from flora_export.errors import ArtifactError, BackendError, FloraExportError, VerificationError
-from flora_export.ledger import sha256_of
-from flora_export.stacks import bank_of, fitting, layers_of, read_stacks
+from flora_export.stacks import fitting, layers_of, read_stacks, stacked_bank
 from flora_export.verify.golden import Recorded, recorded_prompts, replay
 from flora_export.weights import Array
 
@@ -51,7 +50,7 @@ class Session:
             BackendError: it is for another target than the CPU, or ONNX Runtime refuses it.
         """
         self.artifact = open_artifact(path)
-        bank = bank_of(self.artifact)
+        bank = stacked_bank(self.artifact)
         if (manifest := self.artifact.manifest).target != "cpu" or manifest.compute == "bf16":
             raise BackendError(f"{path} is in {manifest.precision} for {manifest.target}; adapters are swapped on the CPU, and not in bf16")
         if check_files and (faults := changed_files(self.artifact)):
@@ -183,7 +182,7 @@ class Session:
         for stack, layer in layers:
             self._memory[stack][slot + 1] = layer[0]
         for stack, layer in layers:
-            if sha256_of(self._memory[stack][slot + 1]) != sha256_of(layer[0]):
+            if self._memory[stack][slot + 1].tobytes() != layer[0].tobytes():
                 raise VerificationError(f"{stack}: its bytes are not in slot {slot}", {})
 
 

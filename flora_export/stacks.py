@@ -8,24 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from flora_export.artifact import DATA, Artifact
 from flora_export.bank import STACK, Bank, slot_tensor
 from flora_export.base_model import BaseModel, read_json
-from flora_export.branch import BLOCK_KINDS, Branch
+from flora_export.branch import Branch
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import ArtifactError, CheckpointError
 from flora_export.ledger import load_graph, sha256_of
 from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.methods import load_checkpoint, read_config
 from flora_export.passes.attach import adapter_reader, weight_name
-
-Array = npt.NDArray[Any]
+from flora_export.weights import Array
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Stack:
         return adapter_reader(checkpoint, own, self.matrix, self.tensor.dtype, self.branch.columns)()
 
 
-def bank_of(artifact: Artifact) -> Bank:
+def stacked_bank(artifact: Artifact) -> Bank:
     """Raises ArtifactError: the artifact is no bank whose slots can be filled."""
     bank = artifact.manifest.bank
     if bank is None or bank.layout != STACK:
@@ -66,14 +63,12 @@ def matrices_of(manifest: Manifest) -> list[tuple[Branch, str]]:
     """(branch, matrix) of every stack; none where the artifact is no bank, or its adapters stand side by side."""
     if manifest.bank is None or manifest.bank.layout != STACK:
         return []
-    kinds = [(BLOCK_KINDS.get(record.block.rpartition(".")[2], "mlp"), record) for record in manifest.blocks]
-    branches = [Branch(record.block, kind, record.activation, record.rank, 1.0) for kind, record in kinds]
-    return [(branch, matrix) for branch in branches for matrix in branch.matrices]
+    return [(record.branch, matrix) for record in manifest.blocks for matrix in record.branch.matrices]
 
 
 def read_stacks(artifact: Artifact) -> list[Stack]:
     """The stacks of a bank. Raises ArtifactError: there are none, or they are not what the manifest says."""
-    bank = bank_of(artifact)
+    bank = stacked_bank(artifact)
     initializers = load_graph(artifact).graph.initializers
     stacks = []
     for branch, matrix in matrices_of(artifact.manifest):
@@ -92,14 +87,15 @@ def read_stacks(artifact: Artifact) -> list[Stack]:
     return stacks
 
 
-def fitting(artifact: Artifact, path: Path) -> Checkpoint:
-    """Read and check an adapter that is to go into a bank.
+def fitting(artifact: Artifact, path: Path, base: BaseModel | None = None) -> Checkpoint:
+    """Read and check an adapter that is to go into a bank. Where the base model is not at hand, its configuration in the artifact serves.
 
     Raises:
         CheckpointError: it is damaged, does not fit the base model, or the bank has no place for it; the message says what and why.
     """
-    config = read_json(artifact.path / "config.json", "model configuration")
-    base = BaseModel(str(artifact.manifest.base["name"]), artifact.path, config, ())
+    if base is None:
+        config = read_json(artifact.path / "config.json", "model configuration")
+        base = BaseModel(str(artifact.manifest.base["name"]), artifact.path, config, ())
     kind, own = (config.get("peft_type") for config in (artifact.manifest.checkpoint["config"], read_config(path)))
     if own != kind:
         raise CheckpointError(f"{path} is {own}, and the adapters of {artifact.path} are {kind}")

@@ -16,7 +16,7 @@ from flora_export.artifact import DATA, Artifact
 from flora_export.backends import backend_of
 from flora_export.bank import slot_tensor
 from flora_export.base_model import BaseModel
-from flora_export.branch import BLOCK_KINDS, Branch, by_pattern
+from flora_export.branch import by_pattern
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.ledger import write_model
@@ -60,7 +60,7 @@ def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> C
     first = "" if bank is None else slot_tensor(min(bank.taken.values()), "")
     for block in manifest.blocks:
         rank = block.rank if bank is None else by_pattern(block.block, config["r"], config["rank_pattern"])
-        branch = Branch(block.block, BLOCK_KINDS[block.block.rpartition(".")[2]], block.activation, rank, block.scale)
+        branch = dataclasses.replace(block.branch, rank=rank)
         if first + branch.tensor("A") not in manifest.checkpoint["tensors"]:
             continue  # the first has no branch there
         for matrix in branch.matrices:
