@@ -27,6 +27,7 @@ DATA = "model.onnx.data"
 ENGINE = "model.engine"  # of a compiled backend
 LAYERS = "engine.json"  # what that engine is made of
 GOLDEN = "golden.safetensors"
+IR, IR_DATA = "openvino_model.xml", "openvino_model.bin"
 REPORT = "report.json"  # of the build's verification; the manifest holds no hash of it, so that builds stay byte-identical
 
 
@@ -45,7 +46,15 @@ class Artifact:
     @property
     def is_checkpoint(self) -> bool:
         """Whether it is a plain Hugging Face checkpoint, with weights [out, in], instead of a graph, with weights [in, out]."""
-        return MODEL not in self.manifest.files if self.manifest.files else not self.model.exists()  # without files: being built
+        return self._has(INDEX)
+
+    @property
+    def is_ir(self) -> bool:
+        """Whether its graph is OpenVINO's, not ONNX."""
+        return self._has(IR)
+
+    def _has(self, name: str) -> bool:
+        return name in self.manifest.files if self.manifest.files else (self.path / name).exists()  # without files: being built
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -76,7 +85,7 @@ def open_artifact(path: Path) -> Artifact:
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")
-        needed = {MODEL, DATA} if {MODEL, DATA} & manifest.files.keys() else {INDEX}
+        needed = next((names for names in ({MODEL, DATA}, {IR, IR_DATA}) if names & manifest.files.keys()), {INDEX})
         missing = {*needed, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
         if missing or not (
             (manifest.blocks or manifest.changes)

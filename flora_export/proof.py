@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from flora_export.artifact import DATA, MANIFEST, MODEL, REPORT, Artifact, changed_files
+from flora_export.artifact import DATA, IR, MANIFEST, MODEL, REPORT, Artifact, changed_files
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.derivation import axis_of, base_values, digest_of, dtype_of, form_of, is_codes, is_scales, near
 from flora_export.errors import ArtifactError
 from flora_export.ledger import change_records, load_graph, sha256_of
 from flora_export.manifest import LedgerEntry
+from flora_export.openvino_ir import read_constants
 from flora_export.passes.attach import adapter_reader
 from flora_export.passes.attach_detours import detour_reader
 from flora_export.passes.change_weights import changed_values
@@ -27,6 +28,8 @@ from flora_export.provenance import read_name
 from flora_export.quantization.packing import quantizer_version
 from flora_export.shards import read_shards
 from flora_export.weights import Array
+
+LARGEST_UNKNOWN = 64  # bytes of a constant in an IR that no ledger needs to explain
 
 
 @dataclass
@@ -50,11 +53,15 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
         ArtifactError: `model.onnx`, or a checkpoint's shard, cannot be read at all.
     """
     report = LedgerReport(faults=changed_files(artifact))
-    initializers = _read_checkpoint(artifact, report) if artifact.is_checkpoint else _initializers(artifact)
+    if artifact.is_checkpoint:
+        initializers, where = _read_checkpoint(artifact, report), "the checkpoint"
+    elif artifact.is_ir:
+        initializers, where = _constants(artifact), IR
+    else:
+        initializers, where = _initializers(artifact), MODEL
     slices: dict[str, list[LedgerEntry]] = defaultdict(list)
     for entry in artifact.manifest.ledger:
         slices[entry.initializer].append(entry)
-    where = "the checkpoint" if artifact.is_checkpoint else MODEL
     report.faults += [f"initializer {name} is in {where}, but not in the ledger" for name in initializers.keys() - slices.keys()]
     for name, entries in slices.items():
         if name not in initializers:
@@ -96,6 +103,13 @@ def _initializers(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
             raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
         found[name] = tensor
     return found
+
+
+def _constants(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
+    """The constants of an IR, less those that OpenVINO has put in: sizes, axes and scalars, none of which could hold a weight."""
+    known = {entry.initializer for entry in artifact.manifest.ledger}
+    constants = read_constants(artifact.path)
+    return {name: tensor for name, tensor in constants.items() if name in known or tensor.nbytes > LARGEST_UNKNOWN}
 
 
 def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: LedgerReport) -> None:

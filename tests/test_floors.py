@@ -36,6 +36,7 @@ FLOORS = {
     "flora_export.formulas": 4,
     "flora_export.reference": 5,
     "flora_export.convert": 5,
+    "flora_export.openvino_ir": 5,
     "flora_export.passes": 5,
     "flora_export.ledger": 6,
     "flora_export.derivation": 7,

@@ -37,6 +37,7 @@ BACKENDS: dict[str, str] = {
     "onnxruntime": "flora_export.backends.onnxruntime",
     "tensorrt": "flora_export.backends.tensorrt",
     "hf": "flora_export.backends.hf",
+    "openvino": "flora_export.backends.openvino",
 }
 
 # Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).

@@ -113,7 +113,7 @@ def observed(artifact: Artifact, checkpoint: Checkpoint) -> tuple[Branch, ...]:
     branches = tuple(replace(b, writes=hosts[b.block]) for b in checkpoint.branches if b.block in hosts)
     if branches or not (checkpoint.changes or checkpoint.detours):
         return branches
-    return hosts_of_changes(None if artifact.is_checkpoint else load_graph(artifact), checkpoint)
+    return hosts_of_changes(None if artifact.is_checkpoint or artifact.is_ir else load_graph(artifact), checkpoint)
 
 
 def hosts_of_changes(model: ir.Model | None, checkpoint: Checkpoint) -> tuple[Branch, ...]:

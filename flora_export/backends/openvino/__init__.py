@@ -1,0 +1,126 @@
+"""OpenVINO: the fused graph as an IR whose KV cache is state, as OpenVINO GenAI and optimum-intel take it, on Intel's CPUs, GPUs and NPUs.
+
+The same files run on all of them. What is verified is what a device computes with INFERENCE_PRECISION_HINT f32 (session.py); a device
+that is not there is stood for by the CPU, and the report says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from flora_export.artifact import IR, Artifact
+from flora_export.backends import Golden, Plan, Progress
+from flora_export.backends.graph_files import write_graph
+from flora_export.backends.onnxruntime import Decoder as OnnxDecoder
+from flora_export.backends.onnxruntime import GraphBackend, Logits
+from flora_export.backends.openvino.convert import write_ir
+from flora_export.backends.openvino.edited import expose
+from flora_export.backends.openvino.session import Decoder
+from flora_export.backends.openvino.tokenizer import write_tokenizer
+from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
+from flora_export.base_model import BaseModel
+from flora_export.branch import Branch
+from flora_export.capture import capture
+from flora_export.errors import FusionError
+from flora_export.ledger import write_model
+from flora_export.manifest import Manifest, Tensor
+from flora_export.openvino_ir import read_constants
+from flora_export.passes import Fused, lowering, run_passes
+from flora_export.passes.quantize import Quantize
+from flora_export.quantization import BITS
+
+
+class OpenVINO(GraphBackend):
+    name = "openvino"
+    targets = {"cpu": "openvino", "gpu": "openvino", "npu": "openvino"}  # noqa: RUF012  # never written to
+    aligned = {"int8": 32, "int4": 32}  # noqa: RUF012  # an adapter's ranks are whole blocks: OpenVINO has no weight with part of one
+
+    def options(self, given: Mapping[str, Any]) -> QuantizationOptions:
+        super().options({name: value for name, value in given.items() if name not in QUANTIZING})
+        return read_options(given)
+
+    def prepare(
+        self, base: BaseModel, target: str | None, precision: str, align: int | None, options: QuantizationOptions | None, golden: Golden
+    ) -> Plan:
+        options = options or QuantizationOptions()
+        if align is None and precision in BITS:
+            align = options.block_size or (base.packed.block_size if base.packed is not None else 32)
+        plan = super().prepare(base, target, precision, align, options, golden)
+        quantization = choose_quantization(precision, "cpu", options, base.packed)
+        if quantization is None:
+            return plan
+        return dataclasses.replace(plan, quantization=dataclasses.replace(quantization, accuracy_level=0))
+
+    def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
+        _check_blocks(fused)
+        manifest = write_graph(fused, directory, self.name, plan.target, progress)
+        progress("converting to OpenVINO", 0, 1)
+        model = write_ir(directory)
+        (directory / "genai_config.json").unlink(missing_ok=True)  # of ONNX Runtime GenAI
+        tokenizer = write_tokenizer(directory)
+        constants = read_constants(directory)
+        return dataclasses.replace(
+            manifest,
+            inputs=[_describe(value) for value in model.inputs],
+            outputs=[_describe(value) for value in model.outputs],
+            ledger=[entry for entry in manifest.ledger if entry.origin != "constant" or entry.initializer in constants],
+            versions=manifest.versions | {"openvino": ov.__version__},
+            engine={"tokenizer": tokenizer},
+        )
+
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Decoder:
+        return Decoder(artifact, adapter=adapter, threads=threads)
+
+    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path, *, exact: bool = False) -> Decoder:
+        manifest = artifact.manifest
+        captured = capture(base, self.form(manifest.target), manifest.compute)
+        run_passes(captured.model, lowering(captured.form))
+        if manifest.quantization is not None:
+            run_passes(captured.model, [Quantize(manifest.quantization, base.packed)])
+        write_model(captured.model, directory)
+        write_ir(directory)
+        return Decoder(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[], changes=[])))
+
+    def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
+        if artifact.model.exists():  # a stage of the build
+            return super().block_outputs(artifact, branches, tokens)
+        graph = ov.Core().read_model(artifact.path / IR)
+        names = expose(graph, branches)
+        decoder = Decoder(artifact, model=graph)
+        decoder.start([tokens])
+        return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
+
+    def decode_graph(self, artifact: Artifact, graph: bytes) -> OnnxDecoder:
+        return OnnxDecoder(artifact, graph=graph, provider="CPUExecutionProvider")
+
+    def explain(self, artifact: Artifact) -> tuple[dict[str, Any], list[str]]:
+        missing = artifact.manifest.engine.get("tokenizer")
+        lines = [f"tokenizer: not converted, {missing}. A host brings its own."] if missing else []
+        return {"engine": artifact.manifest.engine}, lines
+
+
+def _check_blocks(fused: Fused) -> None:
+    """Raise FusionError where a quantized weight's last block is not whole: OpenVINO's own form has no such thing."""
+    for node in fused.model.graph:
+        if node.op_type == "MatMulNBits":
+            inputs, block = (node.attributes[name].as_int() for name in ("K", "block_size"))
+            if inputs % block:
+                raise FusionError(
+                    f"{node.name}: its {inputs} inputs are no whole number of blocks of {block}. Choose a --block-size that divides it, "
+                    f"and an --align that is a multiple of it."
+                )
+
+
+def _describe(value: Any) -> Tensor:
+    kinds = {"i64": "INT64", "i32": "INT32", "f32": "FLOAT", "f16": "FLOAT16"}  # the manifest's names, which are ONNX's
+    named = {"logits": ["batch", "tokens"], "attention_mask": ["batch", "past + tokens"]}.get(value.any_name, ["batch", "tokens"])
+    shape = [name if dim.is_dynamic else dim.get_length() for dim, name in zip(value.partial_shape, [*named, ""], strict=False)]
+    return Tensor(value.any_name, kinds[value.element_type.get_type_name()], shape)
+
+
+BACKEND = OpenVINO()
