@@ -12,24 +12,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from flora_export.artifact import DATA, IR, MANIFEST, MODEL, REPORT, Artifact, changed_files
+from flora_export.artifact import Artifact, changed_files
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.derivation import axis_of, base_values, digest_of, dtype_of, form_of, is_codes, is_scales, near
-from flora_export.errors import ArtifactError
-from flora_export.ledger import change_records, load_graph, sha256_of
+from flora_export.ledger import change_records, sha256_of
 from flora_export.manifest import LedgerEntry
-from flora_export.openvino_ir import read_constants
 from flora_export.passes.attach import adapter_reader
 from flora_export.passes.attach_detours import detour_reader
 from flora_export.passes.change_weights import changed_values
 from flora_export.passes.quantize import packed_values
 from flora_export.provenance import read_name
 from flora_export.quantization.packing import quantizer_version
-from flora_export.shards import read_shards
 from flora_export.weights import Array
-
-LARGEST_UNKNOWN = 64  # bytes of a constant in an IR that no ledger needs to explain
+from flora_export.written import read_written
 
 
 @dataclass
@@ -53,12 +49,8 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
         ArtifactError: `model.onnx`, or a checkpoint's shard, cannot be read at all.
     """
     report = LedgerReport(faults=changed_files(artifact))
-    if artifact.is_checkpoint:
-        initializers, where = _read_checkpoint(artifact, report), "the checkpoint"
-    elif artifact.is_ir:
-        initializers, where = _constants(artifact), IR
-    else:
-        initializers, where = _initializers(artifact), MODEL
+    initializers, where, strangers = read_written(artifact)
+    report.faults += strangers
     slices: dict[str, list[LedgerEntry]] = defaultdict(list)
     for entry in artifact.manifest.ledger:
         slices[entry.initializer].append(entry)
@@ -85,31 +77,6 @@ def check_ledger(artifact: Artifact, checkpoint: Checkpoint | None = None, base:
             f"its weights were quantized by onnxruntime {quantization.version}, and are compared by {quantizer_version()}: install that one"
         )
     return report
-
-
-def _read_checkpoint(artifact: Artifact, report: LedgerReport) -> dict[str, ir.TensorProtocol]:
-    """The tensors of a plain checkpoint. Loaders look for files by name, so one that was not built can come before those that were."""
-    known = {*artifact.manifest.files, MANIFEST, REPORT}
-    report.faults += [f"{file.name} was not built, and a loader may take it" for file in artifact.path.iterdir() if file.name not in known]
-    return read_shards(artifact.path, list(artifact.manifest.files))
-
-
-def _initializers(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
-    model = load_graph(artifact)
-    found: dict[str, ir.TensorProtocol] = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
-            raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
-        found[name] = tensor
-    return found
-
-
-def _constants(artifact: Artifact) -> dict[str, ir.TensorProtocol]:
-    """The constants of an IR, less those that OpenVINO has put in: sizes, axes and scalars, none of which could hold a weight."""
-    known = {entry.initializer for entry in artifact.manifest.ledger}
-    constants = read_constants(artifact.path)
-    return {name: tensor for name, tensor in constants.items() if name in known or tensor.nbytes > LARGEST_UNKNOWN}
 
 
 def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: LedgerReport) -> None:

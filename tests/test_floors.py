@@ -40,6 +40,7 @@ FLOORS = {
     "flora_export.passes": 5,
     "flora_export.ledger": 6,
     "flora_export.derivation": 7,
+    "flora_export.written": 7,
     "flora_export.stacks": 7,
     "flora_export.proof": 8,
     "flora_export.backends": 8,

@@ -151,9 +151,15 @@ class Backend(ABC):
     def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
         """What each branch's block returns for one prompt, [tokens, d], and the artifact's name for it, by block; without what is lost."""
 
+    def store(self, model: ir.Model, directory: Path) -> None:
+        """Write a bare graph into a directory as this backend's runtime takes it: an arm of a measurement, a base model to compare with."""
+        from flora_export.ledger import write_model
+
+        write_model(model, directory)
+
     def timed(self, artifact: Artifact, threads: int) -> Any:
         """The artifact as the benchmark runs it, without copies to the host. Raises BackendError where this backend cannot be timed yet."""
-        raise BackendError(f"{artifact.path} is for {self.name}, but only onnxruntime artifacts can be measured yet")
+        raise BackendError(f"{artifact.path} is for {self.name}, but only artifacts of onnxruntime and openvino can be measured yet")
 
     def explain(self, artifact: Artifact) -> tuple[dict[str, Any], list[str]]:
         """What the backend knows of an artifact beyond its ledger: for programs, and for the eye. Raises ArtifactError."""

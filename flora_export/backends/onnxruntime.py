@@ -26,7 +26,6 @@ from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.capture import capture
 from flora_export.errors import BackendError
-from flora_export.ledger import write_model
 from flora_export.manifest import Manifest
 from flora_export.passes import Fused, lowering, run_passes
 from flora_export.passes.quantize import Quantize
@@ -51,7 +50,7 @@ class GraphBackend(Backend):
         run_passes(captured.model, lowering(captured.form, manifest.cache_tokens))
         if manifest.quantization is not None:
             run_passes(captured.model, [Quantize(manifest.quantization, base.packed)])
-        write_model(captured.model, directory)
+        self.store(captured.model, directory)
         bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[], bank=None)
         return self.decode(Artifact(directory, bare), exact=exact)
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from flora_export.artifact import DATA, Artifact
+from flora_export.artifact import DATA, IR_DATA, Artifact
 from flora_export.backends import backend_of
 from flora_export.bank import slot_tensor
 from flora_export.base_model import BaseModel
 from flora_export.branch import by_pattern
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
-from flora_export.ledger import write_model
 from flora_export.manifest import ChangeRecord, Manifest
 from flora_export.methods import load_checkpoint
 from flora_export.passes import fuse_adapter, lowering, run_passes
@@ -45,7 +44,7 @@ class Built:
 
     @property
     def bytes(self) -> int | None:
-        return (self.artifact.path / DATA).stat().st_size if self.artifact else None
+        return (self.artifact.path / (IR_DATA if self.artifact.is_ir else DATA)).stat().st_size if self.artifact else None
 
 
 def random_checkpoint(manifest: Manifest, base: BaseModel, directory: Path) -> Checkpoint:
@@ -114,7 +113,8 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
     if arm in (EAGER, FUSED, BANK):
         return Built(None if arm == EAGER else out, adapter * (len(out.manifest.bank.taken) if out.manifest.bank is not None else 1))
     manifest = dataclasses.replace(out.manifest, bank=None)
-    captured = capture(base, backend_of(out).form(manifest.target), manifest.compute)
+    backend = backend_of(out)
+    captured = capture(base, backend.form(manifest.target), manifest.compute)
     quantization = manifest.quantization
     parameters, rank = 0, None
     directory.mkdir()
@@ -133,5 +133,5 @@ def build_arm(arm: str, out: Artifact, base: BaseModel, checkpoint: Checkpoint |
             quantization = dataclasses.replace(quantization, adapter_bits=0) if quantization is not None else None  # it keeps its precision
         cache = manifest.cache_tokens
         fuse_adapter(captured, base, checkpoint, level, align=manifest.align, cache_tokens=cache, quantization=quantization)
-    write_model(captured.model, directory)
+    backend.store(captured.model, directory)
     return Built(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[])), parameters, rank)

@@ -22,7 +22,7 @@ import numpy as np
 
 BASE = "base"
 RESAMPLES = 2000
-PACKAGES = ("flora-export", "onnxruntime", "mobius-onnx", "onnx-ir", "torch", "transformers", "peft", "numpy")
+PACKAGES = ("flora-export", "onnxruntime", "openvino", "mobius-onnx", "onnx-ir", "torch", "transformers", "peft", "numpy")
 
 Samples = dict[str, dict[int, float]]  # arm -> round -> milliseconds
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import openvino as ov
 
 from flora_export.artifact import IR, Artifact
@@ -20,18 +21,15 @@ from flora_export.backends.onnxruntime import Decoder as OnnxDecoder
 from flora_export.backends.onnxruntime import GraphBackend, Logits
 from flora_export.backends.openvino.convert import write_ir
 from flora_export.backends.openvino.edited import expose
-from flora_export.backends.openvino.session import Decoder
+from flora_export.backends.openvino.session import VERSION, Decoder, Timed
 from flora_export.backends.openvino.tokenizer import write_tokenizer
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
-from flora_export.capture import capture
 from flora_export.errors import FusionError
-from flora_export.ledger import write_model
 from flora_export.manifest import Manifest, Tensor
 from flora_export.openvino_ir import read_constants
-from flora_export.passes import Fused, lowering, run_passes
-from flora_export.passes.quantize import Quantize
+from flora_export.passes import Fused
 from flora_export.quantization import BITS
 
 
@@ -69,22 +67,19 @@ class OpenVINO(GraphBackend):
             inputs=[_describe(value) for value in model.inputs],
             outputs=[_describe(value) for value in model.outputs],
             ledger=[entry for entry in manifest.ledger if entry.origin != "constant" or entry.initializer in constants],
-            versions=manifest.versions | {"openvino": ov.__version__},
+            versions=manifest.versions | {"openvino": VERSION},
             engine={"tokenizer": tokenizer},
         )
 
     def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Decoder:
         return Decoder(artifact, adapter=adapter, threads=threads)
 
-    def decode_base(self, artifact: Artifact, base: BaseModel, directory: Path, *, exact: bool = False) -> Decoder:
-        manifest = artifact.manifest
-        captured = capture(base, self.form(manifest.target), manifest.compute)
-        run_passes(captured.model, lowering(captured.form))
-        if manifest.quantization is not None:
-            run_passes(captured.model, [Quantize(manifest.quantization, base.packed)])
-        write_model(captured.model, directory)
+    def store(self, model: ir.Model, directory: Path) -> None:
+        super().store(model, directory)
         write_ir(directory)
-        return Decoder(Artifact(directory, dataclasses.replace(manifest, blocks=[], ledger=[], changes=[])))
+
+    def timed(self, artifact: Artifact, threads: int) -> Timed:
+        return Timed(self.decode(artifact, threads=threads))
 
     def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
         if artifact.model.exists():  # a stage of the build

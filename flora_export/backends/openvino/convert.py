@@ -62,7 +62,7 @@ def read_onnx(file: Path) -> ov.Model:
     try:
         return frontend.convert(frontend.load(str(file)))
     except Exception as error:  # OpenVINO raises RuntimeError and types of its own, none public
-        raise BackendError(f"OpenVINO {ov.__version__} refuses {file.name}: {error}") from error
+        raise BackendError(f"OpenVINO {ov.__version__.partition('-')[0]} refuses {file.name}: {error}") from error
 
 
 def _attention(node: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,10 @@ from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.errors import BackendError
 
 Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Feeds = dict[str, npt.NDArray[Any]]
+
+VERSION = ov.__version__.partition("-")[0]
 
 # A CPU with bfloat16 computes in it unless told otherwise: the first decimal of a logit is then another.
 EXACTLY = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -46,9 +51,9 @@ class Decoder:
             self.shapes = _cache_shapes(graph)
             self.request = core.compile_model(graph, device, settings).create_infer_request()
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO {ov.__version__} refuses {artifact.path / IR}: {error}") from error
+            raise BackendError(f"OpenVINO {VERSION} refuses {artifact.path / IR}: {error}") from error
         self.inputs = {name for value in graph.inputs for name in value.names}
-        self.runtime = f"OpenVINO {ov.__version__}, {core.get_property(device, 'FULL_DEVICE_NAME')}"
+        self.runtime = f"OpenVINO {VERSION}, {core.get_property(device, 'FULL_DEVICE_NAME')}"
         if device != wanted:
             self.runtime += f"; {wanted} itself was not run"
 
@@ -79,19 +84,61 @@ class Decoder:
             array = np.ascontiguousarray(cache[layer][kind]).astype(state.state.element_type.to_dtype())
             state.state = ov.Tensor(array)
 
-    def _run(self, ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Logits:
+    def _run(self, ids: Ids, positions: Ids) -> Logits:
         """Logits [batch, tokens, vocabulary] of ids [batch, tokens]."""
-        feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions.astype(np.int64)}
-        feeds[BEAM] = np.arange(len(ids), dtype=np.int32)
-        try:
-            self.results = self.request.infer({name: np.ascontiguousarray(value) for name, value in feeds.items() if name in self.inputs})
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed on input_ids {ids.shape}: {error}") from error
+        self.results = self.infer(self.feeds(ids, self.mask, positions))
         return self.result("logits")
+
+    def feeds(self, ids: Ids, mask: Ids, positions: Ids) -> Feeds:
+        """All that the graph takes, by name."""
+        given: Feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, BEAM: np.arange(len(ids), dtype=np.int32)}
+        return {name: np.ascontiguousarray(value) for name, value in given.items() if name in self.inputs}
+
+    def infer(self, feeds: Feeds) -> Any:
+        """Run the graph once; the request's state grows. Returns its outputs by name, valid until the next call."""
+        try:
+            return self.request.infer(feeds, share_inputs=True, share_outputs=True)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed on input_ids {feeds['input_ids'].shape}: {error}") from error
 
     def result(self, name: str) -> Logits:
         """Any output of the last call, as fp32."""
         return np.array(self.results[name], np.float32)
+
+
+class Timed:
+    """A decoder as the benchmark times it. A request has one state, which nothing copies: a cache is the calls that lead to it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.history: tuple[Feeds, ...] = ()
+
+    def feeds(self, ids: Ids, past: int) -> Feeds:
+        """All inputs, for ids [batch, tokens] after `past` tokens."""
+        batch, tokens = ids.shape
+        return self.decoder.feeds(ids, np.ones((batch, past + tokens), np.int64), np.tile(np.arange(past, past + tokens), (batch, 1)))
+
+    def empty_cache(self, batch: int) -> tuple[Feeds, ...]:
+        """No calls: a state of no tokens."""
+        return ()
+
+    def bind(self, feeds: Feeds, cache: tuple[Feeds, ...]) -> tuple[Feeds, ...]:
+        """What `run` takes; the request's state is made what `cache` says, where it is another."""
+        if not cache or cache is not self.history:
+            self.decoder.request.reset_state()
+            for call in cache:
+                self.decoder.infer(call)
+        return (*cache, feeds)
+
+    def run(self, binding: tuple[Feeds, ...]) -> tuple[Feeds, ...]:
+        """Run the graph once."""
+        self.decoder.infer(binding[-1])
+        self.history = binding
+        return binding
+
+    def cache_after(self, binding: tuple[Feeds, ...]) -> tuple[Feeds, ...]:
+        """The KV cache that a run has left, for the next."""
+        return binding
 
 
 def _cache_shapes(model: ov.Model) -> list[tuple[int, int]]:

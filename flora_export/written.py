@@ -1,0 +1,45 @@
+"""What a written artifact holds: its tensors by name, whether it is an ONNX graph, an OpenVINO IR or a plain checkpoint."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from flora_export.artifact import DATA, IR, MANIFEST, MODEL, REPORT, Artifact
+from flora_export.errors import ArtifactError
+from flora_export.ledger import load_graph
+from flora_export.openvino_ir import read_constants
+from flora_export.shards import read_shards
+
+Tensors = dict[str, ir.TensorProtocol]
+LARGEST_UNKNOWN = 64  # bytes of a constant in an IR that no ledger needs to explain: OpenVINO puts in sizes, axes and scalars
+
+
+def read_written(artifact: Artifact) -> tuple[Tensors, str, list[str]]:
+    """(tensors, read when they are asked for; where they are; what does not belong there, a line each).
+
+    Raises:
+        ArtifactError: the file, or a shard, cannot be read at all.
+    """
+    if artifact.is_checkpoint:
+        return read_shards(artifact.path, list(artifact.manifest.files)), "the checkpoint", _strangers(artifact)
+    if artifact.is_ir:
+        known = {entry.initializer for entry in artifact.manifest.ledger}
+        constants = read_constants(artifact.path).items()
+        return {name: tensor for name, tensor in constants if name in known or tensor.nbytes > LARGEST_UNKNOWN}, IR, []
+    return _initializers(artifact), MODEL, []
+
+
+def _strangers(artifact: Artifact) -> list[str]:
+    """Loaders of a checkpoint look for files by name, so one that was not built can come before those that were."""
+    known = {*artifact.manifest.files, MANIFEST, REPORT}
+    return [f"{file.name} was not built, and a loader may take it" for file in artifact.path.iterdir() if file.name not in known]
+
+
+def _initializers(artifact: Artifact) -> Tensors:
+    found: Tensors = {}
+    for name, value in load_graph(artifact).graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
+            raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
+        found[name] = tensor
+    return found
