@@ -354,7 +354,7 @@ def test_reports_and_quiet(base: Path, mlp_adapter: Path, tmp_path: Path) -> Non
     assert all((tmp_path / name).stat().st_size for name in names.values())
     result = run("bench", out, "--base", base)
     assert result.exit_code == 3
-    assert "only onnxruntime artifacts can be measured" in result.stderr
+    assert "only artifacts of onnxruntime and openvino can be measured" in result.stderr
 
 
 def test_configuration(base: Path, mlp_adapter: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from flora_export.artifact import DATA, IR, MODEL
 from flora_export.errors import BackendError
 
 BEAM = "beam_idx"
+_WINDOW = re.compile(r"ffba_mask(\.(?P<window>\d+))?\.seen")  # LowerAttention's name of a mask
 _AUTOMATIC = re.compile(r"[A-Za-z]+_\d+")  # a name that OpenVINO gave, with a number that counts what the process has made before
 
 
@@ -70,11 +71,31 @@ def _attention(node: Any) -> list[Any]:
     query, key, value, mask = (node.get_input(index) for index in range(4))
     heads, shared = (x.get_partial_shape()[1].get_length() for x in (query, key))
     dtype = query.get_element_type().to_dtype()
-    hidden = op.constant(np.array(np.finfo(dtype).min, dtype))
-    added = op.select(mask, op.constant(np.array(0, dtype)), hidden)
+    zero, hidden = op.constant(np.array(0, dtype)), op.constant(np.array(np.finfo(dtype).min, dtype))
+    window = int(_WINDOW.fullmatch(mask.get_node().get_friendly_name())["window"] or 0)
+    added = _within(mask, window, zero, hidden) if window else op.select(mask, zero, hidden)
     scale = op.constant(np.array(node.get_attribute("scale"), dtype))
     spread = [_spread(x, heads, shared) for x in (key, value)]
     return list(op.scaled_dot_product_attention(query, *spread, added, scale, causal=False).outputs())
+
+
+def _within(mask: Any, window: int, zero: Any, hidden: Any) -> Any:
+    """The mask of a sliding window, in the words by which OpenVINO knows one: paged attention, GenAI's default, drops any other mask.
+
+    LowerAttention makes   seen = (real & (j <= i & j > i - window)) | j = i
+    """
+    seen_real, itself = (value.get_node() for value in mask.get_node().input_values())
+    real, seen = seen_real.input_values()
+    causal, recent = seen.get_node().input_values()
+    key, oldest = recent.get_node().input_values()
+    query = oldest.get_node().input_value(0)
+    recent = op.greater(key, op.add(query, op.constant(np.array(-window, np.int64))))
+    true = op.constant(np.array(True))
+    seen = op.bitwise_and(real, op.bitwise_and(op.bitwise_and(true, recent), causal))
+    seen = op.broadcast(op.bitwise_and(seen, true), op.constant(np.ones(4, np.int64)), broadcast_spec="BIDIRECTIONAL")
+    added = op.select(seen, zero, op.select(itself.output(0), zero, hidden))
+    start, stop, step, axis = (op.constant(np.array([number], np.int64)) for number in (0, np.iinfo(np.int64).max, 1, 3))
+    return op.slice(added, start, stop, step, axis)
 
 
 def _spread(x: Any, heads: int, shared: int) -> Any:
@@ -128,6 +149,8 @@ def _constant(value: Any) -> Any:
 
 def hold_state(model: ov.Model) -> None:
     """Make the KV cache state, in place."""
+    if not any(node.get_type_name() == "ScaledDotProductAttention" for node in model.get_ops()):
+        _keep_in_fp32(model)
     beam = op.parameter([-1], np.int32, name=BEAM)
     beam.output(0).get_tensor().set_names({BEAM})
     axis = op.constant(np.array(0, np.int64))
@@ -145,12 +168,31 @@ def hold_state(model: ov.Model) -> None:
     apply_make_stateful_transformation(model, pairs)
     ids = next(value for value in model.inputs if "input_ids" in value.names)
     batch = op.gather(op.shape_of(ids, output_type="i64"), op.constant(np.array([0], np.int64)), axis)
+    none = op.subtract(batch, batch)  # 0, but not as a constant: a plugin would take the cache for one that never grows
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":  # before the first call: of the batch's rows, and no token
             _, heads, _, size = node.get_output_partial_shape(0)
-            rest = op.constant(np.array([heads.get_length(), 0, size.get_length()], np.int64))
-            nothing = op.constant(np.array(0, node.get_output_element_type(0).to_dtype()))
-            node.set_arguments([op.broadcast(nothing, op.concat([batch, rest], axis=0)).output(0)])
+            shape = op.concat([batch, np.array([heads.get_length()], np.int64), none, np.array([size.get_length()], np.int64)], axis=0)
+            zero = op.constant(np.array(0, node.get_output_element_type(0).to_dtype()))
+            node.set_arguments([op.broadcast(zero, shape).output(0)])
+    model.validate_nodes_and_infer_types()
+
+
+def _keep_in_fp32(model: ov.Model) -> None:
+    """A cache in fp32, whatever reads it. Without that operator (soft caps), OpenVINO 2026.4 does not empty one in fp16 on CPUs."""
+    for parameter, value in zip(model.get_parameters(), model.inputs, strict=True):
+        if value.any_name.startswith("past_key_values.") and value.get_element_type() == ov.Type.f16:
+            readers = list(value.get_target_inputs())
+            parameter.set_element_type(ov.Type.f32)
+            for reader in readers:
+                reader.replace_source_output(op.convert(parameter, "f16").output(0))
+    for result, value in zip(model.get_results(), model.outputs, strict=True):
+        name, source = value.any_name, result.input_value(0)
+        if name.startswith("present.") and source.get_element_type() == ov.Type.f16:
+            wide = op.convert(source, "f32")
+            source.get_tensor().set_names(set())
+            wide.output(0).get_tensor().set_names({name})
+            result.input(0).replace_source_output(wide.output(0))
     model.validate_nodes_and_infer_types()
 
 
