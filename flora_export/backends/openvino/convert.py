@@ -72,7 +72,8 @@ def _attention(node: Any) -> list[Any]:
     heads, shared = (x.get_partial_shape()[1].get_length() for x in (query, key))
     dtype = query.get_element_type().to_dtype()
     zero, hidden = op.constant(np.array(0, dtype)), op.constant(np.array(np.finfo(dtype).min, dtype))
-    window = int(_WINDOW.fullmatch(mask.get_node().get_friendly_name())["window"] or 0)
+    named = _WINDOW.fullmatch(mask.get_node().get_friendly_name())
+    window = int((named and named["window"]) or 0)
     added = _within(mask, window, zero, hidden) if window else op.select(mask, zero, hidden)
     scale = op.constant(np.array(node.get_attribute("scale"), dtype))
     spread = [_spread(x, heads, shared) for x in (key, value)]
