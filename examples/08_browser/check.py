@@ -1,6 +1,6 @@
 """Ask an artifact in a real headless Chromium: the answer, tokens per second, and a picture of the page.
 
-    python examples/08_browser/check.py out/demo "What is 14 + 9 - 5?" --screenshot page.png
+python examples/08_browser/check.py out/demo "What is 14 + 9 - 5?" --screenshot page.png
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import serve
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserType, Page, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 # --no-sandbox: containers and root have none to offer.
@@ -32,14 +32,14 @@ def find_browser() -> str | None:
 
 @contextlib.contextmanager
 def chromium(*, software_gpu: bool = False) -> Iterator[Browser]:
-    """A headless browser; `software_gpu` gives it WebGPU that a CPU computes."""
-    with sync_playwright() as playwright:
-        flags = [*FLAGS, *(SOFTWARE_GPU if software_gpu else ())]
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=flags)
-        try:
-            yield browser
-        finally:
-            browser.close()
+    """A headless browser."""
+    with sync_playwright() as playwright, launch(playwright.chromium, software_gpu=software_gpu) as browser:
+        yield browser
+
+
+def launch(kind: BrowserType, *, software_gpu: bool = False) -> Browser:
+    """A headless browser, beside others of the same Playwright; `software_gpu` gives it WebGPU that a CPU computes."""
+    return kind.launch(executable_path=find_browser(), args=[*FLAGS, *(SOFTWARE_GPU if software_gpu else ())])
 
 
 @contextlib.contextmanager
