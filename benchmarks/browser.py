@@ -50,9 +50,9 @@ def main() -> None:
         rows = [row for precision in options.precision for row in time_precision(browser, precision, options)]
     packages = json.loads((EXAMPLE / "package.json").read_text())["dependencies"]
     what = (
-        f"{options.base.name}, rank {options.rank}, prefill of {options.prompt_tokens} tokens and {options.steps} decode steps after it, in "
-        "headless Chromium on WASM; one page and one worker for each arm, arms interleaved, one of them working at a time; milliseconds are "
-        "the worker's own, argmax and the copies between JavaScript and WASM included; ratios round by round, medians, 95 % intervals"
+        f"{options.base.name}, rank {options.rank}: prefill of {options.prompt_tokens} tokens and {options.steps} decode steps after it, "
+        "in headless Chromium on WASM; a page and a worker for each arm, interleaved, one of them working at a time; milliseconds are the "
+        "worker's own, argmax and the copies between JavaScript and WASM included; ratios round by round, medians, 95 % intervals"
     )
     settings = {"rounds": options.rounds, "prompt_tokens": options.prompt_tokens, "steps": options.steps}
     write_result(options.result, {"what": what, "chromium": version, "npm": packages, "settings": settings, "rows": rows})

@@ -113,6 +113,7 @@ def main() -> None:
         answer = ask(page, options.question)
         page.click("#replay")
         settled(page)
+        page.mouse.move(0, 0)  # over no button
         if options.screenshot:
             page.screenshot(path=options.screenshot)
         chosen = page.locator("[name=runtime]:checked").get_attribute("value")

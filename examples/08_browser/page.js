@@ -121,7 +121,7 @@ function replay() {
   return during("replaying", async () => {
     const replayed = await call("replay", {});
     const { prompts, same, of, error } = replayed;
-    const told = `${prompts} prompts: ${same} of ${of} tokens are the recorded ones, logits off by ${error.toExponential(1)} of the largest`;
+    const told = `${same} of ${of} tokens as recorded, logits off by ${error.toExponential(1)} of the largest`;
     $("replayed").textContent = prompts ? told : "there are none: it was built with --no-verify";
     return replayed;
   });
