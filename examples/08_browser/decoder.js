@@ -2,18 +2,18 @@
 
 import { ArtifactError, readJson } from "./artifact.js";
 
-// Two builds: the one for WebGPU can pause its WASM for the GPU, which makes all of it slower and larger.
+// Two builds: the one for WebGPU can pause its WASM for the GPU, which makes it twice as large.
 const RUNTIMES = {
   wasm: "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
   webgpu: "./node_modules/onnxruntime-web/dist/ort.webgpu.bundle.min.mjs",
 };
 const BASE_MODEL = -1; // the slot of no adapter
-const HALF = globalThis.Float16Array ?? Uint16Array;
-const TYPES = { FLOAT: ["float32", Float32Array], FLOAT16: ["float16", HALF] };
+const TYPES = { FLOAT: ["float32", Float32Array], FLOAT16: ["float16", globalThis.Float16Array] };
 
 export class Decoder {
   /** Load the artifact. `runtime` is wasm or webgpu, `threads` those of WASM. */
   static async create(artifact, runtime, threads) {
+    if (artifact.manifest.inputs.some((input) => input.dtype === "FLOAT16")) await checkHalf(runtime);
     const ort = await import(RUNTIMES[runtime]);
     ort.env.logLevel = "error";
     ort.env.wasm.numThreads = threads;
@@ -88,6 +88,14 @@ export class Decoder {
   #int64(values) {
     return new this.ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
   }
+}
+
+/** fp16 wants a browser that has such numbers, and on WebGPU a GPU that has. */
+async function checkHalf(runtime) {
+  const remedy = "Build it with --precision fp32 or int4";
+  if (!globalThis.Float16Array) throw new ArtifactError(`The artifact is fp16, and this browser has no Float16Array. ${remedy}, or update it.`);
+  if (runtime !== "webgpu" || (await navigator.gpu.requestAdapter())?.features.has("shader-f16")) return;
+  throw new ArtifactError(`The artifact is fp16, and this GPU has no shader-f16. ${remedy}, or choose WASM.`);
 }
 
 export function argmax(values) {
