@@ -13,7 +13,7 @@ LLAMA_CPP := $(VENV)/llama.cpp
 LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench machines accuracy readme-tables train cpp-dependencies clean
+.PHONY: demo serve test lint types bench machines accuracy readme-tables train cpp-dependencies browser-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -35,7 +35,7 @@ serve: $(VENV)/installed-serve $(SERVER) out/demo/manifest.json
 out/demo/manifest.json: | $(BASE)
 	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo
 
-test: lint types $(BASE) $(SERVER) $(LLAMA_CPP) cpp-dependencies
+test: lint types $(BASE) $(SERVER) $(LLAMA_CPP) cpp-dependencies browser-dependencies
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
@@ -50,6 +50,12 @@ CPP_PACKAGES := cmake g++ nlohmann-json3-dev libssl-dev
 cpp-dependencies: $(VENV)/installed-test
 	-dpkg -s $(CPP_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CPP_PACKAGES); }
 	-examples/cpp/get_onnxruntime.sh build/onnxruntime $(BIN)/python
+
+# What the browser example is tested with: Chromium from Debian, and the npm packages of the page. Where it cannot be had, its tests skip as well.
+BROWSER := examples/08_browser
+browser-dependencies: $(VENV)/installed-test
+	-command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	-cd $(BROWSER) && { test node_modules/.package-lock.json -nt package-lock.json || npm ci --silent --no-audit --no-fund; }
 
 # The numbers of the README.
 bench: $(VENV)/installed-bench $(BASE)
