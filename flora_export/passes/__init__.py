@@ -12,7 +12,7 @@ import onnx_ir as ir
 from flora_export.bank import COLUMNS, STACK
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch, Detour
-from flora_export.capture import Capture
+from flora_export.capture import LOWERED, Capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
@@ -164,8 +164,8 @@ def passes_for(
 
 def lowering(form: str, cache_tokens: int = 0) -> list[ir.passes.InPlacePass]:
     """The passes that a form of the capture needs before it is what its name says, adapter or not."""
-    if form == "tensorrt":
-        return [LowerAttention(cache_tokens)]
+    if form in LOWERED:
+        return [LowerAttention(cache_tokens, spelled=form == "qnn")]  # QNN has no Attention
     return [ChooseRotary()] if form in ("cpu", "cuda") else []
 
 

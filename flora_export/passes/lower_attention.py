@@ -16,7 +16,9 @@ With a static cache of C places, Concat becomes TensorScatter, which writes the 
 no cache, and its shapes never change. The query at position i sees i - W < j <= i; rows are padded on the right, and what padding has
 written into the cache is overwritten before it is seen.
 
-TensorRT has no softcap in Attention, and no Attention in fp32; there it is spelled out:  softmax(mask(cap tanh(q k' / cap))) v.
+TensorRT has no softcap in Attention, and no Attention in fp32; QNN has no Attention at all. There it is spelled out:
+
+    softmax(mask(cap tanh(q k' / cap))) v
 """
 
 from __future__ import annotations
@@ -47,9 +49,10 @@ class _Heads:
 class LowerAttention(ir.passes.InPlacePass):
     """Replaces each Attention that keeps a cache, and drops the masks that were made for them."""
 
-    def __init__(self, cache_tokens: int = 0) -> None:
-        """`cache_tokens` is the number of places of a static cache; 0 lets the cache grow."""
+    def __init__(self, cache_tokens: int = 0, *, spelled: bool = False) -> None:
+        """`cache_tokens` is the number of places of a static cache; 0 lets the cache grow. With `spelled`, no Attention is left at all."""
         self.cache_tokens = cache_tokens
+        self.spelled = spelled
 
     def requires(self, model: ir.Model) -> None:
         needed = {"input_ids", "position_ids" if self.cache_tokens else "attention_mask"}
@@ -91,7 +94,7 @@ class LowerAttention(ir.passes.InPlacePass):
                 kept = make("Concat", [past, split], f"{kind}_cache", axis=2)
             _take_place(old, kept, past.shape if self.cache_tokens else old.shape)
             present.append(kept)
-        attended = _attend(make, _by_head(make, query, heads.queries, "query"), present[0], present[1], mask, heads)
+        attended = _attend(make, _by_head(make, query, heads.queries, "query"), present[0], present[1], mask, heads, self.spelled)
         by_token = make("Transpose", [attended], "by_token", perm=[0, 2, 1, 3])
         y = make("Reshape", [by_token, make.constant("ffba.merge_heads", [0, 0, heads.queries * heads.size])], "merged")
         node.outputs[0].replace_all_uses_with(y)
@@ -150,9 +153,11 @@ def _by_head(make: Builder, x: ir.Value, heads: int, name: str) -> ir.Value:
     return make("Transpose", [split], f"{name}_by_head", perm=[0, 2, 1, 3])
 
 
-def _attend(make: Builder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, heads: _Heads) -> ir.Value:
+def _attend(
+    make: Builder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, heads: _Heads, spelled: bool
+) -> ir.Value:
     """Queries [batch, heads, T, size] over keys and values [batch, kv heads, S, size] -> [batch, heads, T, size]."""
-    if heads.softcap == 0.0 and heads.dtype != ir.DataType.FLOAT:
+    if not spelled and heads.softcap == 0.0 and heads.dtype != ir.DataType.FLOAT:
         return make("Attention", [query, key, value, mask], "attend", scale=heads.scale)
     group = make.constant(f"ffba.groups_{heads.keys}", [0, heads.keys, heads.queries // heads.keys, -1, heads.size])
     axis = make.constant("ffba.axis_2", [2])
