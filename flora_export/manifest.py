@@ -128,7 +128,7 @@ class Manifest:
 RECORDS: dict[str, type] = {"inputs": Tensor, "outputs": Tensor, "blocks": BlockRecord, "changes": ChangeRecord, "ledger": LedgerEntry}
 
 _VALUES = {
-    "target": ("cpu", "cuda", "any"),
+    "target": ("cpu", "cuda", "npu", "any"),
     "precision": ("fp32", "fp16", "bf16", "int4", "int8"),
     "padding": ("left", "right"),
 }

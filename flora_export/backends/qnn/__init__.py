@@ -23,11 +23,10 @@ from flora_export.backends.qnn.apart import PACKAGE, installed_version
 from flora_export.backends.qnn.context import CONTEXTS, binaries, compile_contexts, unshared
 from flora_export.backends.qnn.lint import lint
 from flora_export.backends.qnn.plan import (
-    HTP_ARCH,
     SHOWN,
-    SOC_MODEL,
     ContextOptions,
     ContextPlan,
+    choose_chip,
     choose_shapes,
     context_plan,
     read_options,
@@ -73,9 +72,7 @@ class Qnn(GraphBackend):
         tokens, places = choose_shapes(options, base.context)
         installed_version()
         shown = min(golden(places)[0], key=len)[: min(SHOWN, tokens, places - STEPS)]
-        contexts = ContextPlan(
-            tokens, places, options.soc_model or SOC_MODEL, options.htp_arch or HTP_ARCH, bool(options.share_weights), tuple(shown)
-        )
+        contexts = ContextPlan(tokens, places, *choose_chip(options), bool(options.share_weights), tuple(shown))
         return ContextBuild(plan.target, plan.form, plan.align, places, contexts=contexts, simulate=options.simulate)
 
     def write(self, fused: Fused, directory: Path, plan: Plan, progress: Progress) -> Manifest:
@@ -118,12 +115,9 @@ class Qnn(GraphBackend):
             ArtifactError: the adapter is merged, and was not simulated when it was built, so that its effect is not known.
         """
         old, known = context_plan(artifact), artifact.manifest.engine["simulated"]
-        plan = dataclasses.replace(
-            old,
-            soc_model=options.soc_model or old.soc_model,
-            htp_arch=options.htp_arch or old.htp_arch,
-            share_weights=old.share_weights if options.share_weights is None else options.share_weights,
-        )
+        chip = choose_chip(options, old.soc_model, old.htp_arch)
+        share = old.share_weights if options.share_weights is None else options.share_weights
+        plan = dataclasses.replace(old, soc_model=chip[0], htp_arch=chip[1], share_weights=share)
         base: Runner | float | None = None
         if options.simulate and not artifact.manifest.changes:
             base = self.decode(artifact, adapter=False)
@@ -160,7 +154,8 @@ def context_lines(engine: dict[str, Any]) -> list[str]:
     """What the contexts are and what has proved them, for the eye."""
     versions, found = engine["versions"], engine["simulated"]
     lines = [
-        f"contexts: {PACKAGE} {versions[PACKAGE]} (QNN {versions['QNN']}), soc model {engine['soc_model']}, HTP v{engine['htp_arch']}",
+        f"contexts: {PACKAGE} {versions[PACKAGE]} (QNN {versions['QNN']}), soc model {engine['soc_model']}"
+        + (f", HTP v{engine['htp_arch']}" if engine["htp_arch"] else ""),
         f"  prefill of {engine['prompt_tokens']} tokens, decode of one; a cache of {engine['cache_tokens']} places",
         *(f"  {name}: {size:,} bytes" for name, size in engine["bytes"].items()),
     ]

@@ -19,6 +19,7 @@ HOST = Path(__file__).with_name("host.py")
 PACKAGE = "onnxruntime-qnn"
 LIMIT = 3600  # seconds for a task: SmolLM2 takes 1 to 3 minutes
 
+_CODE = re.compile(r"Error: (QNN_\w+[^\x1b\n]*)")
 _UNSUPPORTED = re.compile(r"\{ name: ([^,}]*), type: (\w+) \}")
 
 
@@ -29,8 +30,8 @@ def installed_version() -> str:
     return importlib.metadata.version(PACKAGE)
 
 
-def run_apart(task: dict[str, Any], limit: int = LIMIT) -> dict[str, Any]:
-    """What host.py answers to a task.
+def run_apart(task: dict[str, Any], directory: Path, limit: int = LIMIT) -> dict[str, Any]:
+    """What host.py answers to a task, in a directory.
 
     Raises:
         BackendError: the package is missing, or QNN refuses or dies; the message has its words, and the nodes that it does not take.
@@ -41,7 +42,7 @@ def run_apart(task: dict[str, Any], limit: int = LIMIT) -> dict[str, Any]:
         given.write_text(json.dumps(task), encoding="utf-8")
         try:
             ran = subprocess.run(
-                [sys.executable, str(HOST), str(given), str(answer)], cwd=name, capture_output=True, text=True, errors="replace",
+                [sys.executable, str(HOST), str(given), str(answer)], cwd=directory, capture_output=True, text=True, errors="replace",
                 timeout=limit, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
@@ -60,5 +61,8 @@ def failure(error: str, log: str, code: int) -> str:
     if nodes:
         named = ", ".join(f"{name} ({operator})" for name, operator in nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
         return f"QNN's HTP does not take {len(nodes)} nodes of the graph: {named}. They would be left to the CPU, so nothing was written"
+    code_of = _CODE.search(log)
+    if code_of is not None:  # what is raised then says that nodes are left to the CPU
+        error = code_of[1]
     reason = error or next((line for line in reversed(log.splitlines()) if line.strip()), "") or f"its process ended with {code}"
     return f"QNN failed: {reason}. Does {PACKAGE} know this --soc-model and --htp-arch?"

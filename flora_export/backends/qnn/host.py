@@ -35,7 +35,7 @@ def devices() -> list[Any]:
     return sorted(found, key=lambda device: device.device.type != ort.OrtHardwareDeviceType.NPU)
 
 
-def open_session(file: Path, soc_model: int, htp_arch: int, entries: Mapping[str, str]) -> Any:
+def open_session(file: Path, soc_model: int, htp_arch: int | None, entries: Mapping[str, str]) -> Any:
     """A session on the HTP, or on its simulator; what the HTP does not take is an error, and does not fall back to the CPU."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors: nodes that are refused are named there alone
@@ -43,30 +43,35 @@ def open_session(file: Path, soc_model: int, htp_arch: int, entries: Mapping[str
     for key, value in {"session.disable_cpu_ep_fallback": "1", **entries}.items():
         options.add_session_config_entry(key, value)
     provider = {"backend_path": qnn.get_qnn_htp_path(), "enable_htp_fp16_precision": "1"}
-    provider |= {"soc_model": str(soc_model), "htp_arch": str(htp_arch)}
+    provider |= {"soc_model": str(soc_model)} | ({"htp_arch": str(htp_arch)} if htp_arch is not None else {})
     options.add_provider_for_devices(devices()[:1], provider)
     return ort.InferenceSession(str(file), options)
 
 
-def compile_contexts(graphs: Sequence[Path], directory: Path, soc_model: int, htp_arch: int, share: bool) -> list[float]:
-    """Contexts of the graphs that are prefill and decode. Returns seconds for each. With `share`, both are in one binary."""
-    seconds, sessions = [], []
-    for index, (name, graph) in enumerate(zip(GRAPHS, graphs, strict=True)):
+def compile_contexts(graphs: Mapping[str, str], directory: Path, soc_model: int, htp_arch: int | None, share: bool) -> list[float]:
+    """A context `NAME.onnx` of each graph, by name. Returns seconds for each. With `share`, all are in one binary.
+
+    The graphs are best named from their own directory: QNN names what it compiles after the path, in the context's bytes.
+    """
+    seconds, open_ = [], []
+    for name, graph in graphs.items():
         entries = {"ep.context_enable": "1", "ep.context_embed_mode": "0", "ep.context_file_path": str(directory / f"{name}.onnx")}
         if share:
             entries["ep.share_ep_contexts"] = "1"
-            if index == 1:
+            if name == list(graphs)[-1]:
                 entries["ep.stop_share_ep_contexts"] = "1"
         start = time.perf_counter()
-        sessions.append(open_session(graph, soc_model, htp_arch, entries))
+        session = open_session(Path(graph), soc_model, htp_arch, entries)
         seconds.append(time.perf_counter() - start)
+        open_ += [session] if share else []  # the next is added to it
+        del session
     return seconds
 
 
 class Contexts:
     """`prefill.onnx` and `decode.onnx` of a directory, opened. One row at a time."""
 
-    def __init__(self, directory: Path, soc_model: int, htp_arch: int, share: bool) -> None:
+    def __init__(self, directory: Path, soc_model: int, htp_arch: int | None, share: bool) -> None:
         entries = {"ep.share_ep_contexts": "1"} if share else {}
         self.prefill, self.decode = (open_session(directory / f"{name}.onnx", soc_model, htp_arch, entries) for name in GRAPHS)
         self.tokens = int(self.prefill.get_inputs()[0].shape[1])
@@ -104,7 +109,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     chip = (task["soc_model"], task["htp_arch"])
     directory = Path(task["directory"])
     if "graphs" in task:
-        seconds = compile_contexts([Path(graph) for graph in task["graphs"]], directory, *chip, task["share"])
+        seconds = compile_contexts(task["graphs"], directory, *chip, task["share"])
         return {"done": True, "seconds": seconds}
     contexts = Contexts(directory, *chip, task["share"])
     rows, cache = contexts.start(task["prompt"])

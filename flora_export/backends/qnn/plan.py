@@ -13,6 +13,7 @@ from flora_export.errors import ArtifactError, FloraExportError
 
 PROMPT_TOKENS, PLACES = 128, 512  # of prefill, and of the cache; fewer where the model's context is shorter
 SOC_MODEL, HTP_ARCH = 69, 79  # Snapdragon 8 Elite, Hexagon v79
+HTP_ARCHS = (68, 69, 73, 75, 79, 81)  # QNN ignores another without a word that is seen
 SHOWN = 12  # tokens of the prompt that is run in the simulator, where a step takes seconds
 
 
@@ -35,7 +36,7 @@ class ContextPlan:
     prompt_tokens: int  # N: what `prefill` takes
     cache_tokens: int  # C: places of the cache
     soc_model: int
-    htp_arch: int
+    htp_arch: int | None  # None: the chip's own
     share_weights: bool  # one binary for both graphs
     prompt: tuple[int, ...]  # what is run in the simulator
 
@@ -54,12 +55,18 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
+def _arch(value: int) -> int:
+    if value not in HTP_ARCHS:
+        raise FloraExportError(f"--htp-arch {value}: QNN knows {', '.join(map(str, HTP_ARCHS))}. Leave it out for the chip's own")
+    return value
+
+
 # How the command line names an option, what it is in ContextOptions, and how it is read.
 _GIVEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "prompt_tokens": ("prompt_tokens", _as_it_is),
     "kv_cache": ("cache_tokens", _cache),
     "soc_model": ("soc_model", _as_it_is),
-    "htp_arch": ("htp_arch", _as_it_is),
+    "htp_arch": ("htp_arch", _arch),
     "share_weights": ("share_weights", _as_it_is),
     "simulate": ("simulate", _as_it_is),
 }
@@ -83,16 +90,24 @@ def choose_shapes(options: ContextOptions, context: int) -> tuple[int, int]:
     return tokens, places
 
 
+def choose_chip(options: ContextOptions, soc_model: int = SOC_MODEL, htp_arch: int | None = HTP_ARCH) -> tuple[int, int | None]:
+    """(soc model, HTP architecture) to build for; those given as arguments where the options name neither."""
+    if options.soc_model is None and options.htp_arch is None:
+        return soc_model, htp_arch
+    return options.soc_model or soc_model, options.htp_arch
+
+
 def context_plan(artifact: Artifact) -> ContextPlan:
     """What a manifest says of its contexts. Raises ArtifactError where it does not."""
     engine = artifact.manifest.engine
     try:
-        numbers = [engine[name] for name in ("prompt_tokens", "cache_tokens", "soc_model", "htp_arch")]
+        numbers = [engine[name] for name in ("prompt_tokens", "cache_tokens", "soc_model")]
         prompt = tuple(engine["prompt"])
-        if not all(isinstance(number, int) for number in (*numbers, *prompt)) or not prompt:
+        arch = engine["htp_arch"]
+        if not all(isinstance(number, int) for number in (*numbers, *prompt)) or not prompt or not isinstance(arch, int | None):
             raise ValueError(f"{numbers}, {prompt}")
         if not isinstance(engine["versions"]["onnxruntime-qnn"], str) or not isinstance(engine["simulated"], dict | None):
             raise ValueError("versions or a simulation that are none")
-        return ContextPlan(*numbers, bool(engine["share_weights"]), prompt)
+        return ContextPlan(*numbers, arch, bool(engine["share_weights"]), prompt)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{artifact.path}: its manifest does not say how its contexts were built ({error}). Build it again.") from error

@@ -78,7 +78,7 @@ def simulated_logits(directory: Path, plan: ContextPlan, tokens: Sequence[int]) 
     """The same from the contexts of a directory, in the simulator. Raises BackendError where they do not run."""
     with tempfile.TemporaryDirectory(prefix="flora-export-qnn-") as name:
         file = Path(name) / "logits.npy"
-        run_apart(task_of(directory, plan) | {"prompt": list(plan.prompt), "tokens": list(tokens), "logits": str(file)})
+        run_apart(task_of(directory, plan) | {"prompt": list(plan.prompt), "tokens": list(tokens), "logits": str(file)}, directory)
         logits: Logits = np.load(file)
     return logits
 

@@ -6,22 +6,27 @@
 
 Both equal TensorScatter: of a cache of zeros, after which nothing but new keys is left; and of one token, which is broadcast to all places
 and taken at its own. QNN has no TensorScatter, and knows no dimension that is not a number.
+
+    before   x [1, T, h, s] ── RMSNormalization ── y
+    after    x ── Reshape [1, T h, s] ── RMSNormalization ── Reshape [1, T, h, s] ── y
+
+What works on rows, or element by element, may be done to rows that are counted otherwise. QNN's HTP takes no Tanh of rank 5 (a soft cap's),
+and of RMSNormalization of rank 4 (that of queries and keys) it makes something else without a word: in the simulator, logits of another model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from flora_export.errors import FusionError
 from flora_export.passes.builder import Builder
 
-Ids = Sequence[int]
+FOLDED = ("RMSNormalization", "Tanh")  # of a higher rank than 3
 
 
 def fix_shapes(model: ir.Model, tokens: int) -> None:
@@ -47,11 +52,34 @@ def fix_shapes(model: ir.Model, tokens: int) -> None:
     RemoveUnusedNodesPass()(model)
     for value in (*graph.inputs, *graph.outputs):
         value.shape = _fixed(value, tokens)
-    interface = set(graph.outputs)
-    for node in graph:
-        for value in node.outputs:
-            if value not in interface:
-                value.shape = None  # ONNX Runtime infers it from the inputs
+    interface = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for value in (value for node in graph for value in node.outputs):
+        if value not in interface:
+            value.shape = None
+    ShapeInferencePass()(model)
+    for node in [node for node in graph if node.op_type in FOLDED]:
+        _fold_rows(model, node)
+
+
+def _fold_rows(model: ir.Model, node: ir.Node) -> None:
+    """Have a node see [1, rows, size] where it saw a higher rank."""
+    (x, *_), y = node.inputs, node.outputs[0]
+    assert x is not None
+    sizes = _sizes(x.shape)
+    if sizes is None:
+        raise FusionError(f"{node.name}: {x.name} is {x.shape}, and not every dimension of it is known")
+    if len(sizes) <= 3:
+        return
+    make = Builder(model, node, node.name or "")
+    rows = _constant(model, f"qnn.rows_{sizes[-1]}", np.array([1, -1, sizes[-1]], np.int64))
+    node.replace_input_with(0, make("Reshape", [x, rows], "rows"))
+    shape = _constant(model, "qnn.shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
+    back = ir.node("Reshape", [y, shape], name=f"{node.name}.unfolded")
+    back.outputs[0].name = f"{node.name}.unfolded.out"
+    model.graph.insert_after(node, back)
+    _replace(y, back.outputs[0])
+    back.replace_input_with(0, y)  # the line above has redirected this use as well
+    y.shape = None
 
 
 def _from_nothing(make: Builder, past: ir.Value, new: ir.Value, tokens: int) -> ir.Value:
@@ -98,7 +126,13 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 def _fixed(value: ir.Value, tokens: int) -> ir.Shape:
     """Its shape for one row. Raises FusionError where a dimension is another than rows and tokens."""
     known: dict[str, int] = {"batch": 1, "sequence_len": tokens}
-    sizes = [size if isinstance(size, int) else known.get(str(size.value)) for size in value.shape or ()]
-    if not sizes or None in sizes:
+    sizes = _sizes(ir.Shape([size if isinstance(size, int) else known.get(str(size.value)) for size in value.shape or ()]))
+    if not sizes:
         raise FusionError(f"{value.name} is {value.shape}, and not every dimension of it is known")
-    return ir.Shape([size for size in sizes if size is not None])
+    return ir.Shape(sizes)
+
+
+def _sizes(shape: ir.Shape | None) -> list[int] | None:
+    """The dimensions of a shape; None where one is not known."""
+    sizes = [size for size in shape or () if isinstance(size, int)]
+    return sizes if shape is not None and len(sizes) == len(shape) else None
