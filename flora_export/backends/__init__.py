@@ -187,7 +187,8 @@ def load_backend(name: str) -> Backend:
         backend: Backend = importlib.import_module(BACKENDS[name]).BACKEND
     except ImportError as error:
         raise BackendError(
-            f"backend {name} needs a package that is not installed ({error}): pip install " + EXTRAS.get(name, "'flora-export[cpu]' or [gpu]")
+            f"backend {name} needs a package that is not installed ({error}): pip install "
+            + EXTRAS.get(name, "'flora-export[cpu]' or [gpu]")
         ) from error
     return backend
 

@@ -32,7 +32,9 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 @click.option("--backend", type=click.Choice([*BACKENDS, *PUBLISHED]), required=True, help="Runtime to build for.")
 @base_option
 @click.option("--output", type=DIRECTORY, required=True, help="Directory to make. Refused where it exists.")
-@click.option("--target", type=click.Choice(["cpu", "cuda", "npu"]), help="Machine to build for. Without it, the first that the backend knows.")
+@click.option(
+    "--target", type=click.Choice(["cpu", "cuda", "npu"]), help="Machine to build for. Without it, the first that the backend knows."
+)
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32", show_default=True)
 @click.option("--fuse", type=click.Choice(FUSE_LEVELS), default="both", show_default=True, help="How far adapter branches are fused.")
 @click.option(

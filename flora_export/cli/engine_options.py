@@ -21,9 +21,13 @@ engine_cache_option = click.option(
     "--engine-cache/--no-engine-cache", default=True, show_default=True, help="Take an engine from an equal build before."
 )
 context_options = (
-    click.option("--soc-model", type=click.IntRange(min=1), metavar="N", help="QNN: the chip, by Qualcomm's number; 69 where none is named."),
+    click.option(
+        "--soc-model", type=click.IntRange(min=1), metavar="N", help="QNN: the chip, by Qualcomm's number; 69 where none is named."
+    ),
     click.option("--htp-arch", type=click.IntRange(min=60), metavar="N", help="QNN: the chip's Hexagon version, such as 79."),
-    click.option("--share-weights/--no-share-weights", default=None, help="QNN: one binary for prefill and decode; it cannot be simulated."),
+    click.option(
+        "--share-weights/--no-share-weights", default=None, help="QNN: one binary for prefill and decode; it cannot be simulated."
+    ),
     click.option("--simulate/--no-simulate", default=True, show_default=True, help="QNN: run a few steps in its simulator of the HTP."),
 )
 

@@ -153,9 +153,7 @@ def _by_head(make: Builder, x: ir.Value, heads: int, name: str) -> ir.Value:
     return make("Transpose", [split], f"{name}_by_head", perm=[0, 2, 1, 3])
 
 
-def _attend(
-    make: Builder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, heads: _Heads, spelled: bool
-) -> ir.Value:
+def _attend(make: Builder, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value, heads: _Heads, spelled: bool) -> ir.Value:
     """Queries [batch, heads, T, size] over keys and values [batch, kv heads, S, size] -> [batch, heads, T, size]."""
     if not spelled and heads.softcap == 0.0 and heads.dtype != ir.DataType.FLOAT:
         return make("Attention", [query, key, value, mask], "attend", scale=heads.scale)

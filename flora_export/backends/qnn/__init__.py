@@ -90,7 +90,7 @@ class Qnn(GraphBackend):
         return self._compile(artifact, directory, plan.contexts, progress, base)
 
     def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Runner:
-        """The contexts, where this machine has the NPU; else, or without its adapter, or while it is built, the portable graph on the CPU."""
+        """The contexts, where this machine has the NPU; else, or without its adapter, or while it is built, the portable graph."""
         if adapter and artifact.manifest.files and has_npu():
             return QnnDecoder(artifact)
         return PortableDecoder(artifact, adapter=adapter, threads=threads)
@@ -132,22 +132,30 @@ class Qnn(GraphBackend):
     ) -> Manifest:
         """Contexts of an artifact's graph, into a directory that has it. They are simulated where `base` says what the adapter changes."""
         simulated = None
-        if base is not None and plan.share_weights:  # the simulator loads no binary that two graphs share: others of the same graphs it does
+        if (
+            base is not None and plan.share_weights
+        ):  # the simulator loads no binary that two graphs share: others of the same graphs it does
             with tempfile.TemporaryDirectory(dir=directory, prefix=".unshared-") as name:
                 apart = unshared(plan)
                 compile_contexts(directory, Path(name), apart)
                 simulated = prove(Path(name), apart, PortableDecoder(artifact), base)
         progress("compiling contexts", 0, 1)
-        sdk = compile_contexts(directory, directory, plan).sdk
+        compiled = compile_contexts(directory, directory, plan)
         if base is not None and not plan.share_weights:
             progress("running the contexts in QNN's simulator", 0, 1)
             simulated = prove(directory, plan, PortableDecoder(artifact), base)
         facts = plan.to_json() | {
-            "versions": {PACKAGE: installed_version(), "QNN": sdk},
+            "versions": {PACKAGE: installed_version(), "QNN": compiled.sdk},
+            "operators": compiled.operators,
             "bytes": binaries(directory),
             "simulated": None if simulated is None else simulated.to_json(),
         }
         return dataclasses.replace(artifact.manifest, engine=facts, versions=artifact.manifest.versions | {PACKAGE: installed_version()})
+
+
+def products(counts: Mapping[str, int]) -> int:
+    """GEMMs, and the two products of attention."""
+    return sum(counts.get(name, 0) for name in ("MatMul", "FullyConnected"))
 
 
 def context_lines(engine: dict[str, Any]) -> list[str]:
@@ -157,6 +165,7 @@ def context_lines(engine: dict[str, Any]) -> list[str]:
         f"contexts: {PACKAGE} {versions[PACKAGE]} (QNN {versions['QNN']}), soc model {engine['soc_model']}"
         + (f", HTP v{engine['htp_arch']}" if engine["htp_arch"] else ""),
         f"  prefill of {engine['prompt_tokens']} tokens, decode of one; a cache of {engine['cache_tokens']} places",
+        *(f"  {name}: {sum(n.values())} operators of QNN, {products(n)} of them products" for name, n in engine["operators"].items()),
         *(f"  {name}: {size:,} bytes" for name, size in engine["bytes"].items()),
     ]
     if found is None:

@@ -59,7 +59,7 @@ def failure(error: str, log: str, code: int) -> str:
     """In words: the nodes that QNN does not take where it names some, else what was raised, else how the process died."""
     nodes = list(dict.fromkeys(_UNSUPPORTED.findall(log)))
     if nodes:
-        named = ", ".join(f"{name} ({operator})" for name, operator in nodes[:5]) + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
+        named = ", ".join(f"{name} ({operator})" for name, operator in nodes[:5]) + (", ..." if len(nodes) > 5 else "")
         return f"QNN's HTP does not take {len(nodes)} nodes of the graph: {named}. They would be left to the CPU, so nothing was written"
     code_of = _CODE.search(log)
     if code_of is not None:  # what is raised then says that nodes are left to the CPU

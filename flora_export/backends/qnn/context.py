@@ -28,7 +28,8 @@ class Compiled:
     """What has been written, and with what."""
 
     sdk: str  # QNN's own version
-    seconds: tuple[float, ...]  # for each graph
+    seconds: dict[str, float]  # by graph
+    operators: dict[str, dict[str, int]]  # QNN's, by graph, before the HTP's own compiler changes them
 
 
 @contextmanager
@@ -57,7 +58,8 @@ def compile_contexts(source: Path, directory: Path, plan: ContextPlan) -> Compil
         named = dict(zip(GRAPHS, (graph.name for graph in graphs), strict=True))
         answer = run_apart(task_of(directory, plan) | {"graphs": named}, source)
     versions = [_checked(directory / f"{name}.onnx") for name in GRAPHS]
-    return Compiled(versions[0], tuple(answer["seconds"]))
+    made = answer["made"]
+    return Compiled(versions[0], *({name: made[name][key] for name in GRAPHS} for key in ("seconds", "operators")))
 
 
 def task_of(directory: Path, plan: ContextPlan) -> dict[str, object]:

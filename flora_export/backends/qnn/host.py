@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,37 +37,52 @@ def devices() -> list[Any]:
     return sorted(found, key=lambda device: device.device.type != ort.OrtHardwareDeviceType.NPU)
 
 
-def open_session(file: Path, soc_model: int, htp_arch: int | None, entries: Mapping[str, str]) -> Any:
-    """A session on the HTP, or on its simulator; what the HTP does not take is an error, and does not fall back to the CPU."""
+def open_session(file: Path, soc_model: int, htp_arch: int | None, entries: Mapping[str, str], **settings: str) -> Any:
+    """A session on the HTP, or on its simulator; what the HTP does not take is an error, and does not fall back to the CPU.
+
+    `entries` are of the session's configuration, `settings` are options of QNN.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors: nodes that are refused are named there alone
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # folds constants, fuses nothing
     for key, value in {"session.disable_cpu_ep_fallback": "1", **entries}.items():
         options.add_session_config_entry(key, value)
     provider = {"backend_path": qnn.get_qnn_htp_path(), "enable_htp_fp16_precision": "1"}
-    provider |= {"soc_model": str(soc_model)} | ({"htp_arch": str(htp_arch)} if htp_arch is not None else {})
+    provider |= {"soc_model": str(soc_model)} | ({"htp_arch": str(htp_arch)} if htp_arch is not None else {}) | settings
     options.add_provider_for_devices(devices()[:1], provider)
     return ort.InferenceSession(str(file), options)
 
 
-def compile_contexts(graphs: Mapping[str, str], directory: Path, soc_model: int, htp_arch: int | None, share: bool) -> list[float]:
-    """A context `NAME.onnx` of each graph, by name. Returns seconds for each. With `share`, all are in one binary.
+def compile_contexts(
+    graphs: Mapping[str, str], directory: Path, soc_model: int, htp_arch: int | None, share: bool
+) -> dict[str, dict[str, Any]]:
+    """A context `NAME.onnx` of each graph, by name. With `share`, all are in one binary.
+
+    Returns for each its seconds, and how many of QNN's operators it has, before the HTP's own compiler changes them.
 
     The graphs are best named from their own directory: QNN names what it compiles after the path, in the context's bytes.
     """
-    seconds, open_ = [], []
+    made, open_ = {}, []
     for name, graph in graphs.items():
         entries = {"ep.context_enable": "1", "ep.context_embed_mode": "0", "ep.context_file_path": str(directory / f"{name}.onnx")}
         if share:
             entries["ep.share_ep_contexts"] = "1"
             if name == list(graphs)[-1]:
                 entries["ep.stop_share_ep_contexts"] = "1"
-        start = time.perf_counter()
-        session = open_session(Path(graph), soc_model, htp_arch, entries)
-        seconds.append(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as described:
+            start = time.perf_counter()
+            dump = {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": described}
+            session = open_session(Path(graph), soc_model, htp_arch, entries, **dump)
+            made[name] = {"seconds": time.perf_counter() - start, "operators": count_operators(Path(described))}
         open_ += [session] if share else []  # the next is added to it
         del session
-    return seconds
+    return made
+
+
+def count_operators(directory: Path) -> dict[str, int]:
+    """How many operators of each type the graph has that QNN has described there."""
+    graphs = [json.loads(file.read_text(encoding="utf-8")).get("graph") for file in directory.glob("*.json")]
+    return dict(sorted(Counter(node["type"] for graph in graphs if graph for node in graph["nodes"].values()).items()))
 
 
 class Contexts:
@@ -109,8 +126,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     chip = (task["soc_model"], task["htp_arch"])
     directory = Path(task["directory"])
     if "graphs" in task:
-        seconds = compile_contexts(task["graphs"], directory, *chip, task["share"])
-        return {"done": True, "seconds": seconds}
+        return {"done": True, "made": compile_contexts(task["graphs"], directory, *chip, task["share"])}
     contexts = Contexts(directory, *chip, task["share"])
     rows, cache = contexts.start(task["prompt"])
     logits = [*rows]

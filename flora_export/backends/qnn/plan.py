@@ -15,6 +15,7 @@ PROMPT_TOKENS, PLACES = 128, 512  # of prefill, and of the cache; fewer where th
 SOC_MODEL, HTP_ARCH = 69, 79  # Snapdragon 8 Elite, Hexagon v79
 HTP_ARCHS = (68, 69, 73, 75, 79, 81)  # QNN ignores another without a word that is seen
 SHOWN = 12  # tokens of the prompt that is run in the simulator, where a step takes seconds
+SIMULATED = ("positions", "agreeing", "error_at_most", "effect_at_least")  # what the manifest says of a run in the simulator
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,17 @@ def context_plan(artifact: Artifact) -> ContextPlan:
     """What a manifest says of its contexts. Raises ArtifactError where it does not."""
     engine = artifact.manifest.engine
     try:
-        numbers = [engine[name] for name in ("prompt_tokens", "cache_tokens", "soc_model")]
+        tokens, places, soc_model, arch = (engine[name] for name in ("prompt_tokens", "cache_tokens", "soc_model", "htp_arch"))
         prompt = tuple(engine["prompt"])
-        arch = engine["htp_arch"]
-        if not all(isinstance(number, int) for number in (*numbers, *prompt)) or not prompt or not isinstance(arch, int | None):
-            raise ValueError(f"{numbers}, {prompt}")
-        if not isinstance(engine["versions"]["onnxruntime-qnn"], str) or not isinstance(engine["simulated"], dict | None):
-            raise ValueError("versions or a simulation that are none")
-        return ContextPlan(*numbers, arch, bool(engine["share_weights"]), prompt)
-    except (KeyError, TypeError, ValueError) as error:
+        counts = [count for name in ("prefill", "decode") for count in engine["operators"][name].values()]
+        numbers = (tokens, places, soc_model, *prompt, *counts, *engine["bytes"].values(), arch or 0)
+        if not all(isinstance(number, int) for number in numbers) or not prompt:
+            raise ValueError("numbers that are none")
+        versions, found = engine["versions"], engine["simulated"]
+        if not isinstance(versions["onnxruntime-qnn"], str) or not isinstance(versions["QNN"], str):
+            raise ValueError("versions that are none")
+        if found is not None and not all(isinstance(number, int | float) for number in (found[name] for name in SIMULATED)):
+            raise ValueError("a simulation that is none")
+        return ContextPlan(tokens, places, soc_model, arch, bool(engine["share_weights"]), prompt)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{artifact.path}: its manifest does not say how its contexts were built ({error}). Build it again.") from error

@@ -113,7 +113,9 @@ def check_contexts(artifact: Artifact) -> None:
     for name in CONTEXTS:
         known = artifact.manifest.files.get(name)
         if known is not None and _digest(artifact.path / name) != known["sha256"]:
-            raise ArtifactError(f"{artifact.path / name} is not the file that was built. Make it again: flora-export rebuild {artifact.path}")
+            raise ArtifactError(
+                f"{artifact.path / name} is not the file that was built. Make it again: flora-export rebuild {artifact.path}"
+            )
 
 
 def _digest(file: Path) -> str:

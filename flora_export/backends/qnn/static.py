@@ -11,7 +11,7 @@ and taken at its own. QNN has no TensorScatter, and knows no dimension that is n
     after    x ── Reshape [1, T h, s] ── RMSNormalization ── Reshape [1, T, h, s] ── y
 
 What works on rows, or element by element, may be done to rows that are counted otherwise. QNN's HTP takes no Tanh of rank 5 (a soft cap's),
-and of RMSNormalization of rank 4 (that of queries and keys) it makes something else without a word: in the simulator, logits of another model.
+and of RMSNormalization of rank 4 (that of queries and keys) it makes something else without a word.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _constant(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """An initializer by that name, made once for the graph."""
     if name not in model.graph.initializers:
         tensor = ir.tensor(array, name=name)
-        model.graph.initializers.add(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor))
+        model.graph.initializers.add(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor))
     return model.graph.initializers[name]
 
 
