@@ -54,6 +54,8 @@ def compile_contexts(source: Path, directory: Path, plan: ContextPlan) -> Compil
     Raises:
         BackendError: QNN refuses; or more than one node is left of a graph.
     """
+    for name in CONTEXTS:  # ONNX Runtime writes over none
+        (directory / name).unlink(missing_ok=True)
     with static_graphs(source, plan.prompt_tokens) as graphs:
         named = dict(zip(GRAPHS, (graph.name for graph in graphs), strict=True))
         answer = run_apart(task_of(directory, plan) | {"graphs": named}, source)

@@ -16,6 +16,7 @@ and of RMSNormalization of rank 4 (that of queries and keys) it makes something 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -71,15 +72,17 @@ def _fold_rows(model: ir.Model, node: ir.Node) -> None:
     if len(sizes) <= 3:
         return
     make = Builder(model, node, node.name or "")
-    rows = _constant(model, f"qnn.rows_{sizes[-1]}", np.array([1, -1, sizes[-1]], np.int64))
-    node.replace_input_with(0, make("Reshape", [x, rows], "rows"))
+    folded = [1, math.prod(sizes[:-1]), sizes[-1]]
+    rows = make("Reshape", [x, _constant(model, "qnn.shape_" + "_".join(map(str, folded)), np.array(folded, np.int64))], "rows")
+    rows.shape, rows.type = ir.Shape(folded), x.type
+    node.replace_input_with(0, rows)
     shape = _constant(model, "qnn.shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
     back = ir.node("Reshape", [y, shape], name=f"{node.name}.unfolded")
     back.outputs[0].name = f"{node.name}.unfolded.out"
     model.graph.insert_after(node, back)
     _replace(y, back.outputs[0])
     back.replace_input_with(0, y)  # the line above has redirected this use as well
-    y.shape = None
+    y.shape = ir.Shape(folded)
 
 
 def _from_nothing(make: Builder, past: ir.Value, new: ir.Value, tokens: int) -> ir.Value:
@@ -118,7 +121,7 @@ def _constant(model: ir.Model, name: str, array: npt.NDArray[Any]) -> ir.Value:
 
 def _replace(old: ir.Value, new: ir.Value) -> None:
     """`new` becomes the graph output that `old` was, by name and type."""
-    new.type, new.shape = old.type, old.shape
+    new.type, new.shape = old.type, old.shape or new.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name, new.name = f"{old.name}.replaced", old.name
 
