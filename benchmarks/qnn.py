@@ -70,7 +70,7 @@ def share(artifact: Artifact, plan: ContextPlan) -> dict[str, Any]:
     compiled = compile_contexts(artifact.path, artifact.path, shared)
     sizes = binaries(artifact.path)
     try:
-        simulated_logits(artifact.path, shared, [0])
+        simulated_logits(artifact.path, shared, [0])  # it fails in the library, or takes its process with it
         said = "loads it"
     except BackendError as error:
         said = str(error)

@@ -64,5 +64,7 @@ def failure(error: str, log: str, code: int) -> str:
     code_of = _CODE.search(log)
     if code_of is not None:  # what is raised then says that nodes are left to the CPU
         error = code_of[1]
+    if code < 0:
+        return f"QNN's process died of signal {-code}. Pass --no-simulate where it was the simulator's"
     reason = error or next((line for line in reversed(log.splitlines()) if line.strip()), "") or f"its process ended with {code}"
     return f"QNN failed: {reason}. Does {PACKAGE} know this --soc-model and --htp-arch?"
