@@ -1,6 +1,6 @@
 """Contexts from the portable graph: `prefill.onnx` and `decode.onnx`, each one EPContext node, and the binaries that they name.
 
-Two builds of one artifact differ in some 60 bytes of a binary: QNN pads a constant with what its memory held before.
+Two builds of a tiny model differed in some 60 bytes of a binary: QNN pads a constant with what its memory held before.
 """
 
 from __future__ import annotations
