@@ -100,7 +100,7 @@ $(OTHERS): $(VENV)/installed-demo
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed-demo
-	$(INSTALL) --editable '.[cpu,tensorrt-rtx,openvino,genai,triton,report,accuracy,examples,dev]'
+	$(INSTALL) --editable '.[cpu,tensorrt-rtx,openvino,qnn,genai,triton,report,accuracy,examples,dev]'
 	touch $(OTHERS) $@
 
 # llama.cpp's converter, for tests: it is in no wheel, but in the sources of llama-cpp-python. Nothing is compiled.

@@ -23,16 +23,17 @@ from flora_export.rotary import longrope_context, rotary_tables
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
 # Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). The others hold operators of the ONNX standard alone:
-# `tensorrt` and `openvino` are still to be lowered (passes/lower_attention.py); `weights` says how projections hang together, and is
+# `tensorrt`, `openvino` and `qnn` are still to be lowered (passes/lower_attention.py); `weights` says how projections hang together, and is
 # never run.
 PRECISIONS: dict[str, dict[str, str]] = {
     "cpu": {"fp32": "f32", "fp16": "f16"},
     "cuda": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
     "tensorrt": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
     "openvino": {"fp32": "f32", "fp16": "f16"},
+    "qnn": {"fp32": "f32", "fp16": "f16"},
     "weights": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
 }
-LOWERED = ("tensorrt", "openvino")
+LOWERED = ("tensorrt", "openvino", "qnn")
 
 # Metadata of an attention node, for the pass that expresses it.
 WINDOW = "flora_export.sliding_window"  # how many tokens it sees, its own included

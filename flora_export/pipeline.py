@@ -161,12 +161,15 @@ def explain(path: Path, base_name: str | None, fuse: str, progress: Progress, *,
 def lint(path: Path, base_name: str | None, fuse: str, backend_name: str, progress: Progress) -> list[str]:
     """What a backend's runtime would refuse, drop or get wrong in an artifact's graph, or in those that it would be given of a checkpoint.
 
+    An artifact that is compiled is judged by its own backend.
+
     Raises:
         FloraExportError: it is neither, or it cannot be read.
     """
     backend = load_backend(backend_name)
     if not (path / CONFIG).is_file():
-        return backend.lint(load_graph(open_artifact(path)))
+        artifact = open_artifact(path)
+        return (backend_of(artifact) if backend_of(artifact).compiled else backend).lint(load_graph(artifact))
     base, checkpoint = load_sources(path, base_name)
     progress("capturing the base model", 0, 1)
     form = next(iter(backend.targets.values()))

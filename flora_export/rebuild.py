@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flora_export.artifact import (
-    ENGINE,
     GOLDEN,
-    LAYERS,
     MANIFEST,
     Artifact,
     changed_files,
@@ -35,21 +33,21 @@ def rebuild(path: Path, given: Mapping[str, Any], progress: Progress) -> tuple[A
 
     Raises:
         ArtifactError: it has no engine, or a file of it is damaged.
-        BackendError: TensorRT is missing, or refuses.
+        BackendError: its compiler is missing, or refuses.
         VerificationError: the golden vectors differ. The artifact stays as it was.
     """
     old = open_artifact(path)
     backend = backend_of(old)
     options = backend.options(given)
     progress("checking the files", 0, 1)
-    faults = [fault for fault in changed_files(old) if not fault.startswith((ENGINE, LAYERS))]
+    faults = [fault for fault in changed_files(old) if not fault.startswith(backend.compiled)]
     if faults:
         raise ArtifactError(f"{path} is damaged: {'; '.join(faults)}. Build it again from its checkpoint.")
     if GOLDEN not in old.manifest.files:
         raise ArtifactError(f"{path} has no {GOLDEN}: it was built with --no-verify, so no engine of it can be checked. Build it again.")
     with staged(path, force=True) as directory:
         with writing(path):
-            _share(path, directory)
+            _share(path, directory, backend.compiled)
         progress("building the engine", 0, 1)
         with writing(path):
             manifest = backend.rebuild(old, directory, options)
@@ -64,8 +62,8 @@ def rebuild(path: Path, given: Mapping[str, Any], progress: Progress) -> tuple[A
     return Artifact(path, artifact.manifest), decoder.runtime
 
 
-def _share(source: Path, directory: Path) -> None:
+def _share(source: Path, directory: Path, compiled: Sequence[str]) -> None:
     """The files that stay, as hard links where the file system has them."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in (ENGINE, LAYERS, MANIFEST):
+        if file.is_file() and file.name not in (*compiled, MANIFEST):
             link_or_copy(file, directory / file.name)

@@ -81,7 +81,7 @@ def stamp(venv: Path, *names: str) -> None:
         ("bench", ["cpu,tensorrt-rtx,genai"]),
         ("accuracy", ["cpu,accuracy,report"]),
         ("readme-tables", []),
-        ("lint", ["cpu,tensorrt-rtx,genai,triton,report,accuracy,examples,dev"]),
+        ("lint", ["cpu,tensorrt-rtx,openvino,qnn,genai,triton,report,accuracy,examples,dev"]),
     ],
 )
 def test_each_target_installs_what_it_needs(venv: Path, goal: str, expected: list[str]) -> None:

@@ -38,7 +38,9 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "flora_export.backends.tensorrt",
     "hf": "flora_export.backends.hf",
     "openvino": "flora_export.backends.openvino",
+    "qnn": "flora_export.backends.qnn",
 }
+EXTRAS = {"openvino": "'flora-export[openvino]'", "qnn": "'flora-export[qnn]'"}  # that bring a backend which [cpu] and [gpu] do not
 
 # Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).
 PUBLISHED = {"triton": "onnxruntime"}
@@ -91,6 +93,7 @@ class Backend(ABC):
     targets: Mapping[str, str]  # target -> form of the capture; the first is built for where none is named
     aligned: Mapping[str, int] = {}  # precision -> the multiple that ranks are padded to; 1 where it is silent
     unquantized = ""  # why it builds no int4 and int8 artifacts, and what to do; empty where it does
+    compiled: tuple[str, ...] = ()  # files that `rebuild` makes anew
     banks = False  # whether an artifact can hold several adapters, each chosen by itself
     runs_graph = True  # whether a graph that is not finished yet can be run, to find where a build goes wrong
 
@@ -191,7 +194,8 @@ def load_backend(name: str) -> Backend:
         backend: Backend = importlib.import_module(BACKENDS[name]).BACKEND
     except ImportError as error:
         raise BackendError(
-            f"backend {name} needs a package that is not installed ({error}): pip install 'flora-export[cpu]' or [gpu]"
+            f"backend {name} needs a package that is not installed ({error}): pip install "
+            + EXTRAS.get(name, "'flora-export[cpu]' or [gpu]")
         ) from error
     return backend
 

@@ -20,6 +20,16 @@ capability_option = click.option(
 engine_cache_option = click.option(
     "--engine-cache/--no-engine-cache", default=True, show_default=True, help="Take an engine from an equal build before."
 )
+context_options = (
+    click.option(
+        "--soc-model", type=click.IntRange(min=1), metavar="N", help="QNN: the chip, by Qualcomm's number; 69 where none is named."
+    ),
+    click.option("--htp-arch", type=click.IntRange(min=60), metavar="N", help="QNN: the chip's Hexagon version, such as 79."),
+    click.option(
+        "--share-weights/--no-share-weights", default=None, help="QNN: one binary for prefill and decode; it cannot be simulated."
+    ),
+    click.option("--simulate/--no-simulate", default=True, show_default=True, help="QNN: run a few steps in its simulator of the HTP."),
+)
 
 _OPTIONS = (
     flavour_option,
@@ -37,12 +47,21 @@ _OPTIONS = (
     click.option("--refittable", is_flag=True, help="An engine whose weights can be exchanged; needs a GPU."),
     click.option("--compare-base/--no-compare-base", default=True, show_default=True, help="Build the base model's engine as well."),
     engine_cache_option,
+    click.option("--prompt-tokens", type=click.IntRange(min=2), metavar="N", help="QNN: tokens of prefill; 128 unless told otherwise."),
+    *context_options,
 )
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """All options of an engine, for a command."""
     for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def rebuild_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that a rebuild takes: what the engine is made with and for."""
+    for option in reversed((flavour_option, capability_option, engine_cache_option, *context_options)):
         command = option(command)
     return command
 

@@ -7,17 +7,16 @@ from pathlib import Path
 import click
 
 from flora_export.cli.common import DIRECTORY, json_option, print_json, progress, run_command
-from flora_export.cli.engine_options import capability_option, engine_cache_option, flavour_option
+from flora_export.cli.engine_options import given_options, rebuild_options
 
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
-@flavour_option
-@capability_option
-@engine_cache_option
+@rebuild_options
 @json_option
-def rebuild(out: Path, trt_flavor: str, compute_capability: str | None, engine_cache: bool, as_json: bool) -> None:
-    """Make the TensorRT engine of OUT anew, for this machine's GPU and TensorRT, from the graph and the plan that OUT holds.
+@click.pass_context
+def rebuild(context: click.Context, /, out: Path, as_json: bool, **settings: object) -> None:
+    """Make the engine or the contexts of OUT anew, for this machine or the chip that is named, from the graph and the plan that OUT holds.
 
     The new engine replays the golden vectors before it takes the old one's place; if anything fails, OUT stays as it was.
     """
@@ -25,8 +24,7 @@ def rebuild(out: Path, trt_flavor: str, compute_capability: str | None, engine_c
     def run() -> int:
         from flora_export.rebuild import rebuild as make
 
-        given = {"trt_flavor": trt_flavor, "compute_capability": compute_capability, "engine_cache": engine_cache}
-        artifact, ran = make(out, given, progress())
+        artifact, ran = make(out, given_options(context, settings), progress())
         if as_json:
             print_json({"output": str(out), "engine": artifact.manifest.engine, "runtime": ran, "files": artifact.manifest.files})
         else:

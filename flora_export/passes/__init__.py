@@ -12,7 +12,7 @@ import onnx_ir as ir
 from flora_export.bank import COLUMNS, STACK
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch, Detour
-from flora_export.capture import LOWERED, Capture
+from flora_export.capture import Capture
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import FusionError
 from flora_export.passes.attach import Attach
@@ -31,6 +31,9 @@ from flora_export.weights import dims_of
 
 # Forms whose compiler makes one GEMM of projections that read the same x: there, forward fusion would add a slice and bring nothing.
 MERGES_SIBLINGS = {"tensorrt": "A: TensorRT itself merges it into its hosts"}
+
+# Forms that are lowered, and the precisions in which their compiler has no operator for attention.
+WITHOUT_ATTENTION = {"tensorrt": (ir.DataType.FLOAT,), "openvino": (), "qnn": (ir.DataType.FLOAT, ir.DataType.FLOAT16)}
 
 # The passes that bring the adapter into the graph; they come before those that fuse it.
 ENTERING = (ChangeWeights, Attach, AttachDetours)
@@ -164,8 +167,8 @@ def passes_for(
 
 def lowering(form: str, cache_tokens: int = 0) -> list[ir.passes.InPlacePass]:
     """The passes that a form of the capture needs before it is what its name says, adapter or not."""
-    if form in LOWERED:
-        return [LowerAttention(cache_tokens, spelled_out=form == "tensorrt")]
+    if form in WITHOUT_ATTENTION:
+        return [LowerAttention(cache_tokens, spelled_out=WITHOUT_ATTENTION[form])]
     return [ChooseRotary()] if form in ("cpu", "cuda") else []
 
 

@@ -16,13 +16,16 @@ With a static cache of C places, Concat becomes TensorScatter, which writes the 
 no cache, and its shapes never change. The query at position i sees i - W < j <= i; rows are padded on the right, and what padding has
 written into the cache is overwritten before it is seen.
 
-TensorRT has no softcap in Attention, and no Attention in fp32; there it is spelled out:  softmax(mask(cap tanh(q k' / cap))) v. OpenVINO
-has an operator of its own for fp32 as well, and is given the Attention (backends/openvino/convert.py).
+TensorRT has no softcap in Attention, and no Attention in fp32; QNN has no Attention at all. There it is spelled out:
+
+    softmax(mask(cap tanh(q k' / cap))) v
+
+OpenVINO has an operator of its own for fp32 as well, and is given the Attention (backends/openvino/convert.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +51,8 @@ class _Heads:
 class LowerAttention(ir.passes.InPlacePass):
     """Replaces each Attention that keeps a cache, and drops the masks that were made for them."""
 
-    def __init__(self, cache_tokens: int = 0, *, spelled_out: bool = True) -> None:
-        """`cache_tokens` is the number of places of a static cache; 0 lets the cache grow. `spelled_out`: whether attention in fp32 is."""
+    def __init__(self, cache_tokens: int = 0, *, spelled_out: Collection[ir.DataType] = (ir.DataType.FLOAT,)) -> None:
+        """`cache_tokens` is the number of places of a static cache; 0 lets the cache grow. `spelled_out`: where no Attention is left."""
         self.cache_tokens, self.spelled_out = cache_tokens, spelled_out
 
     def requires(self, model: ir.Model) -> None:
@@ -92,8 +95,7 @@ class LowerAttention(ir.passes.InPlacePass):
                 kept = make("Concat", [past, split], f"{kind}_cache", axis=2)
             _take_place(old, kept, past.shape if self.cache_tokens else old.shape)
             present.append(kept)
-        operator = heads.softcap == 0.0 and not (self.spelled_out and heads.dtype == ir.DataType.FLOAT)
-        attend = _attend if operator else _spell_out
+        attend = _spell_out if heads.softcap or heads.dtype in self.spelled_out else _attend
         attended = attend(make, _by_head(make, query, heads.queries, "query"), present[0], present[1], mask, heads)
         by_token = make("Transpose", [attended], "by_token", perm=[0, 2, 1, 3])
         y = make("Reshape", [by_token, make.constant("ffba.merge_heads", [0, 0, heads.queries * heads.size])], "merged")

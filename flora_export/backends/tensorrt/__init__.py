@@ -70,6 +70,7 @@ class EngineBuild(Plan):
 
 class TensorRT(GraphBackend):
     name = "tensorrt"
+    compiled = (ENGINE, LAYERS)
     banks = True
     targets = {"cuda": "tensorrt"}  # noqa: RUF012  # never written to
     aligned = {"fp16": 8, "bf16": 8}  # noqa: RUF012  # tensor cores want widths that are a multiple of 16 bytes
