@@ -1,4 +1,4 @@
-"""Write the measured sections of README.md, docs/method.md and docs/verification.md from the files under benchmarks/results/.
+"""Write the measured sections of README.md and of pages under docs/ from the files under benchmarks/results/.
 
 python benchmarks/readme_tables.py
 """
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from edge_tables import edge_section
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- measured: written by `make readme-tables` -->", "<!-- end of measured -->"
@@ -411,6 +413,7 @@ SECTIONS = {
     "docs/method.md": method_section,
     "docs/verification.md": verification_section,
     "docs/bank.md": bank_section,
+    "docs/edge.md": edge_section,
 }
 
 

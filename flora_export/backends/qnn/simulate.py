@@ -5,7 +5,7 @@
 
 The contexts are right where the error is at most SHARE of the effect, and the same token is first at every position. Two tokens whose
 logits in the portable graph are within TIE of the largest logit are equals. Both rules are ratios, far from what right and wrong contexts
-have (`docs/edge_qnn.md`), so that no processor's rounding decides. Contexts without their adapter have an error that is the effect.
+have (`docs/edge.md`), so that no processor's rounding decides. Contexts without their adapter have an error that is the effect.
 """
 
 from __future__ import annotations
