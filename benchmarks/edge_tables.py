@@ -23,8 +23,8 @@ def _runtimes(edge: dict[str, Any]) -> list[str]:
     table = [
         "### What it costs",
         "",
-        "SmolLM2, rank 32 on attention and MLP, two threads ([edge.json](../benchmarks/results/edge.json)): ratios to the base model of the same",
-        "runtime and precision (95 % interval; ONNX Runtime's are ratios of two of them). LoRA is unmerged, on all projections, in fp32.",
+        "SmolLM2, rank 32 on attention and MLP, two threads ([edge.json](../benchmarks/results/edge.json)): ratios to the base model of",
+        "the same runtime and precision (95 % interval; ONNX Runtime's are ratios of two). LoRA is unmerged, on all projections, in fp32.",
         "",
         "| precision | | decode, 128 past tokens | prefill, 128 tokens | 128 + 16 tokens | bytes |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -72,8 +72,8 @@ def _alignment(edge: dict[str, Any]) -> list[str]:
 def _browser(browser: dict[str, Any]) -> list[str]:
     found = {(row["precision"], row["threads"], row["arm"], row["metric"]): row for row in browser["rows"]}
     table = [
-        f"The browser: onnxruntime-web {browser['npm']['onnxruntime-web']} on WASM in headless Chromium {browser['chromium'].partition('.')[0]}, the same "
-        "adapter and LoRA",
+        f"The browser: onnxruntime-web {browser['npm']['onnxruntime-web']} on WASM in headless Chromium "
+        f"{browser['chromium'].partition('.')[0]}, the same adapter and LoRA",
         "([browser.json](../benchmarks/results/browser.json)).",
         "",
         "| precision, threads | base: decode | prefill | FFBA fused: decode | prefill | LoRA beside: decode | prefill |",

@@ -116,6 +116,8 @@ def block_records(fused: Fused) -> list[BlockRecord]:
 
 def load_graph(artifact: Artifact) -> ir.Model:
     """The graph of an artifact, its weights still in their file. Raises ArtifactError where it cannot be read."""
+    if artifact.is_ir or artifact.is_checkpoint:
+        raise ArtifactError(f"{artifact.path} is for {artifact.manifest.backend}: it holds no ONNX graph")
     try:
         return ir.load(artifact.model)
     except Exception as error:  # a damaged protobuf can raise nearly anything

@@ -216,12 +216,26 @@ def test_commands(built: Path, base: Path, adapter: Path) -> None:
     assert run("verify", built, "--ckpt", adapter, "--base", base, "--localise").exit_code == 0
     explained = json.loads(run("explain", built, "--json").stdout)
     assert explained["ok"] and {block["fusion"] for block in explained["blocks"]} == {"neurons", "forward+backward"}
+    assert "holds no ONNX graph" in run("explain", built, "--lint").stderr
+    assert "cannot serve an artifact of backend openvino" in run("triton", built, built.parent / "repository").stderr
     assert "a host brings its own" in run("explain", built).stdout.lower()  # the tiny base has no tokenizer
     short = ("--prompt-tokens", 8, "--past-tokens", 8, "--new-tokens", 2)
     measured = run("bench", built, "--base", base, "--arms", "base,fused,lora", "--rounds", 3, *short, "--json")
     assert measured.exit_code == 0, measured.output
     rows = json.loads(measured.stdout)["measurements"]
     assert {row["arm"] for row in rows} == {"base", "fused", "lora"} and {row["metric"] for row in rows} == {"ttft", "tpot", "total"}
+
+
+def test_what_is_timed_is_the_same_step(built: Path) -> None:
+    """The benchmark's step, each time after the same prompt, gives what a decoder's does."""
+    backend, artifact, prompt = load_backend("openvino"), open_artifact(built), np.arange(3, 14)[None]
+    decoder, timed = backend.decode(artifact), backend.timed(artifact, 1)
+    decoder.start(prompt.tolist())
+    expected = decoder.step([5])
+    cache = timed.cache_after(timed.run(timed.bind(timed.feeds(prompt, 0), timed.empty_cache(1))))
+    for _ in range(2):
+        timed.run(timed.bind(timed.feeds(np.array([[5]]), prompt.shape[1]), cache))
+        assert np.abs(timed.decoder.request.get_output_tensor(0).data[:, -1] - expected).max() < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -123,11 +123,15 @@ class Timed:
         return ()
 
     def bind(self, feeds: Feeds, cache: tuple[Feeds, ...]) -> tuple[Feeds, ...]:
-        """What `run` takes; the request's state is made what `cache` says, where it is another."""
+        """What `run` takes; the request's state is made what `cache` says, where it is another.
+
+        Its last token comes alone: a step right after a prompt first sets the graph up for one token, which no later step does.
+        """
         if not cache or cache is not self.history:
             self.decoder.request.reset_state()
             for call in cache:
-                self.decoder.infer(call)
+                for part in _last_alone(call):
+                    self.decoder.infer(part)
         return (*cache, feeds)
 
     def run(self, binding: tuple[Feeds, ...]) -> tuple[Feeds, ...]:
@@ -139,6 +143,14 @@ class Timed:
     def cache_after(self, binding: tuple[Feeds, ...]) -> tuple[Feeds, ...]:
         """The KV cache that a run has left, for the next."""
         return binding
+
+
+def _last_alone(call: Feeds) -> list[Feeds]:
+    """A call as two, the second of its last token alone; a call of one token as itself."""
+    if call["input_ids"].shape[1] == 1:
+        return [call]
+    before, last = ({**call, **{name: call[name][:, part] for name in ("input_ids", "position_ids")}} for part in (np.s_[:-1], np.s_[-1:]))
+    return [{**before, "attention_mask": call["attention_mask"][:, :-1]}, last]
 
 
 def _cache_shapes(model: ov.Model) -> list[tuple[int, int]]:
