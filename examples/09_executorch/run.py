@@ -130,7 +130,8 @@ def main() -> None:
     result = {
         "command": shlex.join(["python", "examples/09_executorch/run.py", *sys.argv[1:]]),
         "what": "golden vectors of a checkpoint of --backend hf, replayed by ExecuTorch's runtime: fp32, XNNPACK, static cache",
-        "artifact": {key: getattr(artifact.manifest, key) for key in ("backend", "precision", "fuse")} | {"base": artifact.manifest.base["name"]},
+        "artifact": {key: getattr(artifact.manifest, key) for key in ("backend", "precision", "fuse")}
+        | {"base": artifact.manifest.base["name"]},
         "passed": not faults,
         "faults": faults,
         "largest_error_to_largest_logit": max(prompt["largest_error"] / prompt["largest_logit"] for prompt in prompts),
