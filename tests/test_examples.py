@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -11,9 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 
+from flora_export.cli import main
 from tests.conftest import ADAPTER, MLP_ADAPTER
+from tests.families import make_adapter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(ADAPTER.parent))
@@ -162,3 +166,46 @@ def test_06_int4(smollm2: Path, tmp_path: Path) -> None:
     price = json.loads((tmp_path / "out" / "artifact" / "report.json").read_text())["price"]
     assert price["base_kl_mean"] < 1e-6
     assert price["kl_mean"] < 0.02
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None, reason="executorch is not installed: examples/09_executorch/requirements.txt"
+)
+def test_09_executorch(base: Path, tmp_path: Path) -> None:
+    """A program of the adapter passes; held to another adapter's golden vectors it fails, and a changed file is refused."""
+    outs = [tmp_path / "one", tmp_path / "other"]
+    for seed, out in enumerate(outs):
+        adapter = make_adapter(base, tmp_path / f"adapter{seed}", seed=seed, target_modules=["mlp"])
+        built = CliRunner().invoke(main, ["build", str(adapter), "--base", str(base), "--backend", "hf", "--output", str(out)])
+        assert built.exit_code == 0, built.stderr
+    example, program, record = EXAMPLES / "09_executorch", tmp_path / "one.pte", tmp_path / "one.pte.json"
+
+    def replayed(out: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(example / "run.py"), str(program), str(out)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    run(example / "export.py", outs[0], program, "--tokens", 64)
+    good = json.loads(replayed(outs[0]).stdout)
+    assert good["passed"] and all(prompt["same_greedy_tokens"] for prompt in good["prompts"])
+
+    foreign = replayed(outs[1])
+    assert foreign.returncode == 1 and "made from another artifact" in foreign.stderr
+    sha256 = hashlib.sha256((outs[1] / "manifest.json").read_bytes()).hexdigest()
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"manifest_sha256": sha256}))
+    forged = replayed(outs[1])
+    assert (
+        forged.returncode == 1 and "logits are off by" in json.loads(forged.stdout)["faults"][0] + json.loads(forged.stdout)["faults"][-1]
+    )
+
+    with (outs[1] / "config.json").open("a") as file:
+        file.write(" ")
+    damaged = replayed(outs[1])
+    assert damaged.returncode == 1 and "config.json has" in damaged.stderr
+
+
+def test_09_executorch_was_measured() -> None:
+    """The recorded run of SmolLM2, with the pinned versions."""
+    record = json.loads((EXAMPLES.parent / "benchmarks" / "results" / "executorch.json").read_text())
+    assert (record["passed"], record["faults"], len(record["prompts"])) == (True, [], 2)
+    pinned = dict(re.findall(r"^([a-z-]+)==(\S+)$", (EXAMPLES / "09_executorch" / "requirements.txt").read_text(), re.MULTILINE))
+    assert {name: version.split("+")[0] for name, version in record["versions"].items()} == {n: pinned[n] for n in record["versions"]}
