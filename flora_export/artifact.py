@@ -30,6 +30,13 @@ GOLDEN = "golden.safetensors"
 IR, IR_DATA = "openvino_model.xml", "openvino_model.bin"
 REPORT = "report.json"  # of the build's verification; the manifest holds no hash of it, so that builds stay byte-identical
 
+OTHER_WEIGHTS = {"hf": frozenset({INDEX}), "openvino": frozenset({IR, IR_DATA})}  # of a backend whose weights are not in an ONNX graph
+
+
+def weight_files(backend: str) -> frozenset[str]:
+    """The files that hold a backend's weights: those that its runtime loads, and so those that the ledger is checked on."""
+    return OTHER_WEIGHTS.get(backend, frozenset({MODEL, DATA}))
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -46,15 +53,12 @@ class Artifact:
     @property
     def is_checkpoint(self) -> bool:
         """Whether it is a plain Hugging Face checkpoint, with weights [out, in], instead of a graph, with weights [in, out]."""
-        return self._has(INDEX)
+        return weight_files(self.manifest.backend) == {INDEX}
 
     @property
     def is_ir(self) -> bool:
         """Whether its graph is OpenVINO's, not ONNX."""
-        return self._has(IR)
-
-    def _has(self, name: str) -> bool:
-        return name in self.manifest.files if self.manifest.files else (self.path / name).exists()  # without files: being built
+        return IR in weight_files(self.manifest.backend)
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -85,7 +89,10 @@ def open_artifact(path: Path) -> Artifact:
         for known in manifest.files.values():
             if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
                 raise ValueError(f"files has {known!r}")
-        needed = next((names for names in ({MODEL, DATA}, {IR, IR_DATA}) if names & manifest.files.keys()), {INDEX})
+        needed = weight_files(manifest.backend)
+        others = ({MODEL, DATA}.union(*OTHER_WEIGHTS.values()) - needed) & manifest.files.keys()
+        if others:
+            raise ValueError(f"backend {manifest.backend!r} does not load {', '.join(sorted(others))}")
         missing = {*needed, "config.json"} - manifest.files.keys() | {"before", "after"} - manifest.operators.keys()
         if missing or not (
             (manifest.blocks or manifest.changes)

@@ -227,7 +227,7 @@ def _result(
         f"arms interleaved in one process, so sessions do not spin, and loaded {options.loads} times; "
         "the model alone is timed, on given tokens"
     )
-    if manifest.target != "cpu":
+    if manifest.target == "cuda":
         what += "; inputs and outputs stay on the device, and each run is waited for: ONNX Runtime's Python API has no device events"
     return {
         "schema_version": SCHEMA_VERSION,

@@ -7,6 +7,7 @@ openvino_model.bin   those numbers, one after the other, C order; of 4 bits, the
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,10 +25,13 @@ _TYPES = {
     "i32": ir.DataType.INT32, "u8": ir.DataType.UINT8, "i8": ir.DataType.INT8, "boolean": ir.DataType.BOOL, "u4": ir.DataType.UINT8,
 }  # fmt: skip
 HALVES = "u4"
+CONSTANT = "Const"
 
 
 def read_constants(directory: Path) -> dict[str, ir.ExternalTensor]:
-    """The constants of an IR by name, their numbers read when they are asked for. A `u4` [..., n] is read as uint8 [..., n / 2].
+    """The constants of an IR that its outputs or its state depend on, by name; their numbers are read when they are asked for.
+
+    A `u4` [..., n] is read as uint8 [..., n / 2].
 
     Raises:
         ArtifactError: the graph is damaged, two constants have one name, or one is not where and what it says it is.
@@ -36,21 +40,40 @@ def read_constants(directory: Path) -> dict[str, ir.ExternalTensor]:
     try:
         if file.stat().st_size > MOST_XML_BYTES:
             raise ValueError(f"{file.stat().st_size} bytes of XML")
-        content = file.read_bytes()
-        if b"<!" in content:  # entities that name each other grow without bound, and OpenVINO writes none
+        text = file.read_bytes().decode("utf-8")
+        if "<!" in text or "\0" in text:  # entities that name each other grow without bound, and OpenVINO writes none
             raise ValueError("a declaration, which OpenVINO writes none of")
-        end = data.stat().st_size
+        root = ElementTree.fromstring(text)
+        (layers,), (edges,) = root.findall("layers"), root.findall("edges")
+        end, used = data.stat().st_size, _used(layers, edges)
         found: dict[str, ir.ExternalTensor] = {}
-        for layer in ElementTree.fromstring(content).iter("layer"):
-            if layer.get("type") != "Const":
-                continue
-            tensor = _constant(layer, end, directory)
-            if tensor.name in found:
-                raise ValueError(f"two constants are named {tensor.name}")
-            found[str(tensor.name)] = tensor
+        for layer in layers:
+            kind = layer.get("type", "")
+            if (kind.lower() in ("const", "constant") and kind != CONSTANT) or layer.find("body") is not None:
+                raise ValueError(f"{layer.get('name')}: a {kind} as OpenVINO writes none")
+            if kind == CONSTANT:
+                tensor = _constant(layer, end, directory)
+                if tensor.name in found:
+                    raise ValueError(f"two constants are named {tensor.name}")
+                if layer.get("id") in used:
+                    found[str(tensor.name)] = tensor
     except (OSError, ValueError, KeyError, TypeError, ElementTree.ParseError, RecursionError) as error:
         raise ArtifactError(f"{file} cannot be read ({type(error).__name__}: {error}). Build the artifact again.") from error
     return found
+
+
+def _used(layers: ElementTree.Element, edges: ElementTree.Element) -> set[str]:
+    """The layers, by their ids, on which an output or a state depends."""
+    sources: dict[str, list[str]] = defaultdict(list)
+    for edge in edges:
+        sources[edge.attrib["to-layer"]].append(edge.attrib["from-layer"])
+    waiting = [layer.attrib["id"] for layer in layers if layer.get("type") in ("Result", "Assign")]
+    reached = set(waiting)
+    while waiting:
+        new = set(sources[waiting.pop()]) - reached
+        reached |= new
+        waiting += new
+    return reached
 
 
 def _constant(layer: ElementTree.Element, end: int, directory: Path) -> ir.ExternalTensor:

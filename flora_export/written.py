@@ -25,12 +25,12 @@ def read_written(artifact: Artifact) -> tuple[Tensors, str, list[str]]:
     if artifact.is_ir:
         known = {entry.initializer for entry in artifact.manifest.ledger}
         constants = read_constants(artifact.path).items()
-        return {name: tensor for name, tensor in constants if name in known or tensor.nbytes > LARGEST_UNKNOWN}, IR, []
+        return {name: tensor for name, tensor in constants if name in known or tensor.nbytes > LARGEST_UNKNOWN}, IR, _strangers(artifact)
     return _initializers(artifact), MODEL, []
 
 
 def _strangers(artifact: Artifact) -> list[str]:
-    """Loaders of a checkpoint look for files by name, so one that was not built can come before those that were."""
+    """Loaders of a checkpoint or an IR look for files by name, so one that was not built can come before those that were."""
     known = {*artifact.manifest.files, MANIFEST, REPORT}
     return [f"{file.name} was not built, and a loader may take it" for file in artifact.path.iterdir() if file.name not in known]
 

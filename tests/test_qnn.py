@@ -235,9 +235,11 @@ def test_a_host_with_an_npu(portable: Artifact, monkeypatch: pytest.MonkeyPatch)
     """Where there is an NPU the contexts are run; a finished artifact alone, since one that is built may be meant for another chip."""
     monkeypatch.setattr("flora_export.backends.qnn.has_npu", lambda: True)
     monkeypatch.setattr("flora_export.backends.qnn.QnnDecoder", lambda artifact: "on the NPU")
+    monkeypatch.setattr("flora_export.backends.qnn.context_plan", lambda artifact: None)  # it has none
     backend = load_backend("qnn")
     assert backend.decode(portable) == "on the NPU"
     assert isinstance(backend.decode(portable, adapter=False), PortableDecoder)
+    assert isinstance(backend.decode_stored(portable), PortableDecoder)  # the base model, of a merged adapter
     assert isinstance(backend.decode(Artifact(portable.path, dataclasses.replace(portable.manifest, files={}))), PortableDecoder)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert not session.has_npu()
@@ -418,12 +420,18 @@ def test_merged_and_not_simulated(base: Path, tmp_path: Path) -> None:
 
 @compiles
 @pytest.mark.parametrize(
-    "damage", [{"engine": {}}, {"prompt": []}, {"soc_model": "69"}, {"versions": {}}, {"operators": 3}, {"simulated": {}}], ids=str
-)
+    "damage",
+    [
+        {"engine": {}}, {"prompt": []}, {"soc_model": "69"}, {"versions": {}}, {"operators": 3}, {"simulated": {}}, {"prompt_tokens": 1000},
+        {"prompt": [10**40]}, {"prompt": [True]}, {"prompt": [-1]}, {"cache_tokens": 32}, {"soc_model": 0}, {"bytes": {}},
+        {"bytes": {"prefill.onnx": 1, "decode.onnx": 1}},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_damaged_plan(out: Path, damage: dict[str, Any]) -> None:
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["engine"] = damage["engine"] if "engine" in damage else manifest["engine"] | damage
     (out / "manifest.json").write_text(json.dumps(manifest))
-    for command in ("explain", "rebuild"):
+    for command in ("explain", "rebuild", "verify"):
         result = run(command, out)
         assert result.exit_code == 2 and "does not say how its contexts were built" in result.output, (command, result.output)

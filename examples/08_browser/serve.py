@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         file = files(self.artifact).get(unquote(urlsplit(self.path).path))
-        host = self.headers.get("Host", "").rpartition(":")[0]
+        host = urlsplit("//" + self.headers.get("Host", "")).hostname
         if host not in ("127.0.0.1", "localhost"):  # another site's name that leads here
             self.send_error(HTTPStatus.FORBIDDEN)
         elif file is None or not file.is_file():

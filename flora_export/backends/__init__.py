@@ -40,7 +40,7 @@ BACKENDS: dict[str, str] = {
     "openvino": "flora_export.backends.openvino",
     "qnn": "flora_export.backends.qnn",
 }
-EXTRAS = {"openvino": "'flora-export[openvino]'", "qnn": "'flora-export[qnn]'"}  # that bring a backend which [cpu] and [gpu] do not
+EXTRAS = {"qnn": "'flora-export[qnn]'"}  # that bring a backend which [cpu] and [gpu] do not
 
 # Not a runtime but a place: `build` makes an ONNX Runtime artifact and publishes it (flora_export/publish.py).
 PUBLISHED = {"triton": "onnxruntime"}

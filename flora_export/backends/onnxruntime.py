@@ -52,7 +52,11 @@ class GraphBackend(Backend):
             run_passes(captured.model, [Quantize(manifest.quantization, base.packed)])
         self.store(captured.model, directory)
         bare = dataclasses.replace(manifest, blocks=[], ledger=[], changes=[], bank=None)
-        return self.decode(Artifact(directory, bare), exact=exact)
+        return self.decode_stored(Artifact(directory, bare), exact=exact)
+
+    def decode_stored(self, artifact: Artifact, *, exact: bool = False) -> Runner:
+        """What `store` has written: a bare graph, of which nothing is compiled."""
+        return self.decode(artifact, exact=exact)
 
     def decode_graph(self, artifact: Artifact, graph: bytes) -> Decoder:
         """Another graph than the artifact's, with the artifact's weights."""

@@ -78,11 +78,11 @@ class EagerArm:
 
         if target == "cuda" and not torch.cuda.is_available():
             raise BackendError("the eager arm of an artifact for cuda needs a PyTorch that sees a CUDA machine: leave it out of --arms")
-        self.torch, self.target = torch, target
+        self.torch, self.target = torch, "cuda" if target == "cuda" else "cpu"
         self.threads_before = torch.get_num_threads()
         torch.set_num_threads(threads)
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        self.model = Reference(base, checkpoint.path, checkpoint.parts).model.to(device=target, dtype=dtype)
+        self.model = Reference(base, checkpoint.path, checkpoint.parts).model.to(device=self.target, dtype=dtype)
         inner = self.model.get_base_model()
         with contextlib.suppress(ValueError):  # a model without it keeps the attention that it has
             inner.set_attn_implementation("sdpa")

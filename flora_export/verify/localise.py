@@ -104,7 +104,7 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
         with tempfile.TemporaryDirectory() as name:
             write_model(captured.model, Path(name))
             yield (f"graph after {type(passes[index - 1]).__name__}" if index else "base graph"), index > 0, Path(name), looked_at
-    yield WRITTEN, True, artifact.path, written
+    yield WRITTEN, True, artifact.path, looked_at if artifact.is_ir else written  # an IR has the names of the graph
 
 
 def observed(artifact: Artifact, checkpoint: Checkpoint) -> tuple[Branch, ...]:

@@ -7,26 +7,22 @@ that is not there is stood for by the CPU, and the report says so.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import openvino as ov
 
 from flora_export.artifact import IR, Artifact
-from flora_export.backends import Golden, Plan, Progress
+from flora_export.backends import Golden, Plan, Progress, Runner
 from flora_export.backends.graph_files import write_graph
 from flora_export.backends.onnxruntime import Decoder as OnnxDecoder
 from flora_export.backends.onnxruntime import GraphBackend, Logits
-from flora_export.backends.openvino.convert import write_ir
-from flora_export.backends.openvino.edited import expose
-from flora_export.backends.openvino.session import VERSION, Decoder, Timed
-from flora_export.backends.openvino.tokenizer import write_tokenizer
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
-from flora_export.errors import FusionError
+from flora_export.errors import BackendError, FusionError
 from flora_export.manifest import Manifest, Tensor
 from flora_export.openvino_ir import read_constants
 from flora_export.passes import Fused
@@ -36,7 +32,6 @@ from flora_export.quantization import BITS
 class OpenVINO(GraphBackend):
     name = "openvino"
     targets = {"cpu": "openvino", "gpu": "openvino", "npu": "openvino"}  # noqa: RUF012  # never written to
-    aligned = {"int8": 32, "int4": 32}  # noqa: RUF012  # an adapter's ranks are whole blocks: OpenVINO has no weight with part of one
 
     def options(self, given: Mapping[str, Any]) -> QuantizationOptions:
         super().options({name: value for name, value in given.items() if name not in QUANTIZING})
@@ -45,8 +40,10 @@ class OpenVINO(GraphBackend):
     def prepare(
         self, base: BaseModel, target: str | None, precision: str, align: int | None, options: QuantizationOptions | None, golden: Golden
     ) -> Plan:
+        for name in ("session", "tokenizer"):
+            _part(name)
         options = options or QuantizationOptions()
-        if align is None and precision in BITS:
+        if align is None and precision in BITS:  # an adapter's ranks are whole blocks: OpenVINO has no weight with part of one
             align = options.block_size or (base.packed.block_size if base.packed is not None else 32)
         plan = super().prepare(base, target, precision, align, options, golden)
         quantization = choose_quantization(precision, "cpu", options, base.packed)
@@ -58,35 +55,35 @@ class OpenVINO(GraphBackend):
         _check_blocks(fused)
         manifest = write_graph(fused, directory, self.name, plan.target, progress)
         progress("converting to OpenVINO", 0, 1)
-        model = write_ir(directory)
+        model = _part("convert").write_ir(directory)
         (directory / "genai_config.json").unlink(missing_ok=True)  # of ONNX Runtime GenAI
-        tokenizer = write_tokenizer(directory)
+        tokenizer = _part("tokenizer").write_tokenizer(directory)
         constants = read_constants(directory)
         return dataclasses.replace(
             manifest,
             inputs=[_describe(value) for value in model.inputs],
             outputs=[_describe(value) for value in model.outputs],
             ledger=[entry for entry in manifest.ledger if entry.origin != "constant" or entry.initializer in constants],
-            versions=manifest.versions | {"openvino": VERSION},
+            versions=manifest.versions | {"openvino": _part("session").VERSION},
             engine={"tokenizer": tokenizer},
         )
 
-    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Decoder:
-        return Decoder(artifact, adapter=adapter, threads=threads)
+    def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Runner:
+        runner: Runner = _part("session").Decoder(artifact, adapter=adapter, threads=threads)
+        return runner
 
     def store(self, model: ir.Model, directory: Path) -> None:
         super().store(model, directory)
-        write_ir(directory)
+        _part("convert").write_ir(directory)
 
-    def timed(self, artifact: Artifact, threads: int) -> Timed:
-        return Timed(self.decode(artifact, threads=threads))
+    def timed(self, artifact: Artifact, threads: int) -> Any:
+        return _part("session").Timed(self.decode(artifact, threads=threads))
 
     def block_outputs(self, artifact: Artifact, branches: Sequence[Branch], tokens: list[int]) -> dict[str, tuple[str, Logits]]:
-        if artifact.model.exists():  # a stage of the build
+        if not (artifact.path / IR).exists():  # a stage of the build
             return super().block_outputs(artifact, branches, tokens)
-        graph = ov.Core().read_model(artifact.path / IR)
-        names = expose(graph, branches)
-        decoder = Decoder(artifact, model=graph)
+        graph, names = _part("edited").exposed(artifact.path / IR, branches)
+        decoder = _part("session").Decoder(artifact, model=graph)
         decoder.start([tokens])
         return {block: (name, decoder.result(name)[0]) for block, name in names.items()}
 
@@ -97,6 +94,14 @@ class OpenVINO(GraphBackend):
         missing = artifact.manifest.engine.get("tokenizer")
         lines = [f"tokenizer: not converted, {missing}. A host brings its own."] if missing else []
         return {"engine": artifact.manifest.engine}, lines
+
+
+def _part(name: str) -> Any:
+    """A module of this folder that needs OpenVINO, which a look at an artifact does not. Raises BackendError where it is not installed."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise BackendError(f"OpenVINO is not installed whole ({error}): pip install 'flora-export[openvino]'") from error
 
 
 def _check_blocks(fused: Fused) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ def silence(model: ov.Model, artifact: Artifact) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def expose(model: ov.Model, branches: Sequence[Branch]) -> dict[str, str]:
-    """Make every block's result an output. Returns the names of these by block."""
+def exposed(file: Path, branches: Sequence[Branch]) -> tuple[ov.Model, dict[str, str]]:
+    """A graph with every block's result as an output, and the names of these by block."""
+    model = ov.Core().read_model(file)
     constants, names = constants_of(model), {}
     for branch in branches:
         found = list(products_of(constants[branch.writes[0]])) if branch.writes and branch.writes[0] in constants else []
@@ -46,7 +48,7 @@ def expose(model: ov.Model, branches: Sequence[Branch]) -> dict[str, str]:
             names[branch.block] = f"{branch.block}.result"
             value.get_tensor().add_names({names[branch.block]})
             model.add_outputs(names[branch.block])
-    return names
+    return model, names
 
 
 def constants_of(model: ov.Model) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from flora_export.backends.choice import AdapterChoice
 from flora_export.backends.openvino.convert import BEAM
 from flora_export.backends.openvino.edited import silence
 from flora_export.backends.padding import pad_prompts, positions_of
-from flora_export.errors import BackendError
+from flora_export.errors import ArtifactError, BackendError
 
+_VARIABLE = re.compile(r"past_key_values\.(?P<layer>\d{1,6})\.(?P<kind>key|value)present\.(?P=layer)\.(?P=kind)")
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Feeds = dict[str, npt.NDArray[Any]]
@@ -54,7 +56,7 @@ class Decoder:
             raise BackendError(f"OpenVINO {VERSION} refuses {artifact.path / IR}: {error}") from error
         self.inputs = {name for value in graph.inputs for name in value.names}
         self.runtime = f"OpenVINO {VERSION}, {core.get_property(device, 'FULL_DEVICE_NAME')}"
-        if device != wanted:
+        if not device.startswith(wanted):
             self.runtime += f"; {wanted} itself was not run"
 
     def start(self, prompts: Sequence[Sequence[int]]) -> list[Logits]:
@@ -166,5 +168,7 @@ def _cache_shapes(model: ov.Model) -> list[tuple[int, int]]:
 
 def _place(variable: str) -> tuple[int, int]:
     """`past_key_values.3.valuepresent.3.value` -> (3, 1): layer, and key or value."""
-    parts = variable.split(".")
-    return int(parts[1]), int(parts[-1] == "value")
+    match = _VARIABLE.fullmatch(variable)
+    if match is None:
+        raise ArtifactError(f"{IR} has a state {variable!r}, which is no layer's keys or values. Build the artifact again.")
+    return int(match["layer"]), int(match["kind"] == "value")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import openvino as ov
+from openvino_tokenizers import convert_tokenizer
 
 from flora_export.backends.openvino.convert import name_nodes
 from flora_export.quiet import quiet
@@ -16,7 +17,6 @@ def write_tokenizer(directory: Path) -> str:
     """Convert the tokenizer that is in a directory, beside it. Returns why there is none, or nothing."""
     if not (directory / "tokenizer.json").is_file():
         return "the base model has no tokenizer.json"
-    from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
     try:

@@ -91,9 +91,14 @@ class Qnn(GraphBackend):
 
     def decode(self, artifact: Artifact, *, adapter: bool = True, threads: int = 0, exact: bool = False) -> Runner:
         """The contexts, where this machine has the NPU; else, or without its adapter, or while it is built, the portable graph."""
+        if artifact.manifest.files:
+            context_plan(artifact)  # a host will load the contexts: they are there, and described
         if adapter and artifact.manifest.files and has_npu():
             return QnnDecoder(artifact)
         return PortableDecoder(artifact, adapter=adapter, threads=threads)
+
+    def decode_stored(self, artifact: Artifact, *, exact: bool = False) -> PortableDecoder:
+        return PortableDecoder(artifact)
 
     def decode_graph(self, artifact: Artifact, graph: bytes) -> PortableDecoder:
         return PortableDecoder(artifact, graph=graph)

@@ -106,8 +106,17 @@ def context_plan(artifact: Artifact) -> ContextPlan:
         prompt = tuple(engine["prompt"])
         counts = [count for name in ("prefill", "decode") for count in engine["operators"][name].values()]
         numbers = (tokens, places, soc_model, *prompt, *counts, *engine["bytes"].values(), arch or 0)
-        if not all(isinstance(number, int) for number in numbers) or not prompt:
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not prompt:
             raise ValueError("numbers that are none")
+        if not (2 <= tokens <= places == artifact.manifest.cache_tokens and len(prompt) <= tokens and soc_model > 0):
+            raise ValueError(f"{tokens} tokens of a prompt, {places} places")
+        vocabulary = artifact.manifest.outputs[0].shape[-1]
+        if isinstance(vocabulary, int) and max(prompt) >= vocabulary:
+            raise ValueError(f"a token {max(prompt)} of {vocabulary}")
+        files = artifact.manifest.files
+        sizes = {name: files[name]["bytes"] for name in engine["bytes"] if name in files}
+        if files and (sizes != engine["bytes"] or not {"prefill.onnx", "decode.onnx"} <= sizes.keys()):
+            raise ValueError("contexts that are not among its files")
         versions, found = engine["versions"], engine["simulated"]
         if not isinstance(versions["onnxruntime-qnn"], str) or not isinstance(versions["QNN"], str):
             raise ValueError("versions that are none")

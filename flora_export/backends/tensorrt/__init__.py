@@ -116,6 +116,9 @@ class TensorRT(GraphBackend):
             return EngineDecoder(artifact)
         return PortableDecoder(artifact, adapter=adapter, threads=threads)
 
+    def decode_stored(self, artifact: Artifact, *, exact: bool = False) -> PortableDecoder:
+        return PortableDecoder(artifact)
+
     def decode_graph(self, artifact: Artifact, graph: bytes) -> PortableDecoder:
         return PortableDecoder(artifact, graph=graph)
 
