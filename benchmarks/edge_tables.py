@@ -17,9 +17,9 @@ def edge_section() -> str:
     edge, browser = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("edge", "browser"))
     steps = [row["ratio_to_base"] - 1 for row in edge["latency"] if (row["arm"], row["metric"]) == ("fused", "tpot")]
     sentence = [
-        f"A fused adapter costs OpenVINO {min(steps):.0%} to {max(steps):.0%} of a decode step, more than its bytes: a Split and a Concat for each "
-        "attention block are",
-        "operators of their own there. Padding shows no gain, so that ranks are padded where int8 and int4 need whole blocks, and nowhere else.",
+        f"A fused adapter costs OpenVINO {min(steps):.0%} to {max(steps):.0%} of a decode step, more than its bytes: a Split and a Concat",
+        "for each attention block are operators of their own there. Padding shows no gain, so that ranks are padded where int8 and int4",
+        "need whole blocks, and nowhere else.",
     ]
     return "\n".join([*_runtimes(edge), "", *_alignment(edge), "", *sentence, "", *_browser(browser)])
 
