@@ -28,7 +28,7 @@ from flora_export.verify.latency import median_interval
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "08_browser"
 sys.path.insert(0, str(EXAMPLE))
-import check  # noqa: E402
+import ask_page  # noqa: E402
 
 ARMS = ("base", "fused", "lora")
 METRICS = ("prefill", "decode")
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="decode steps after each prefill")
     parser.add_argument("--result", default="browser", help="name of the file under benchmarks/results/")
     options = parser.parse_args()
-    with check.chromium() as browser:
+    with ask_page.chromium() as browser:
         version = browser.version
         rows = [row for precision in options.precision for row in time_precision(browser, precision, options)]
     packages = json.loads((EXAMPLE / "package.json").read_text())["dependencies"]
@@ -96,15 +96,15 @@ def time_arms(browser: Any, arms: dict[str, Path], threads: int, options: argpar
     """Milliseconds by arm and metric, a number for each round: of decode steps their median in that round."""
     rng = np.random.default_rng(0)
     with contextlib.ExitStack() as stack:
-        pages = {arm: stack.enter_context(check.opened(browser, out, threads=threads)) for arm, out in arms.items()}
+        pages = {arm: stack.enter_context(ask_page.opened(browser, out, threads=threads)) for arm, out in arms.items()}
         for page in pages.values():
-            if (wrong := check.problem(page)) is not None:
+            if (wrong := ask_page.problem(page)) is not None:
                 sys.exit(wrong)
         samples: dict[str, dict[str, list[float]]] = {arm: {metric: [] for metric in METRICS} for arm in arms}
         for round_ in range(-1, options.rounds):  # the first warms up
             ids = rng.integers(3, 1000, options.prompt_tokens).tolist()
             for arm in rng.permutation(list(arms)):
-                first, *steps = check.call(pages[arm], "decode", ids=ids, tokens=options.steps + 1, stop=False)["times"]
+                first, *steps = ask_page.call(pages[arm], "decode", ids=ids, tokens=options.steps + 1, stop=False)["times"]
                 if round_ >= 0:
                     samples[arm]["prefill"].append(first)
                     samples[arm]["decode"].append(float(np.median(steps)))

@@ -13,12 +13,12 @@ GET = "make browser-dependencies gets it where it can"
 
 def what_is_missing() -> str | None:
     """Why no page can be opened here, or None."""
-    import serve
+    import page_server
 
-    if absent := [name for name in serve.MODULES if not (EXAMPLE / "node_modules" / name).is_file()]:
+    if absent := [name for name in page_server.MODULES if not (EXAMPLE / "node_modules" / name).is_file()]:
         return f"no {absent[0]} in {EXAMPLE / 'node_modules'}: {GET}"
     if importlib.util.find_spec("playwright") is None:
         return "no playwright, which drives the browser: pip install 'flora-export[dev]'"
-    import check
+    import ask_page
 
-    return None if check.find_browser() else f"none of {', '.join(check.BROWSERS)}: {GET}"
+    return None if ask_page.find_browser() else f"none of {', '.join(ask_page.BROWSERS)}: {GET}"

@@ -34,9 +34,9 @@ QUESTION = "Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. Ho
 def browser() -> Iterator[Any]:
     if (missing := what_is_missing()) is not None:
         pytest.skip(missing)
-    import check
+    import ask_page
 
-    with check.chromium() as running:
+    with ask_page.chromium() as running:
         yield running
 
 
@@ -65,25 +65,25 @@ def greedy(decoder: Runner, ids: list[int], count: int) -> list[int]:
 
 def check_recorded(page: Any, artifact: Artifact) -> None:
     """The page says the recorded tokens, which are not the base model's, at the recorded logits."""
-    import check
+    import ask_page
 
-    assert check.problem(page) is None
+    assert ask_page.problem(page) is None
     recorded, bare = recorded_prompts(artifact), Decoder(artifact, adapter=False)
     for each in recorded:
         ids, tokens = each.ids.tolist(), each.tokens.tolist()
-        got = check.call(page, "decode", ids=ids, tokens=len(tokens), stop=False)
+        got = ask_page.call(page, "decode", ids=ids, tokens=len(tokens), stop=False)
         assert got["tokens"] == tokens != greedy(bare, ids, len(tokens))
         assert len(got["times"]) == len(tokens)
-    replayed = check.call(page, "replay")
+    replayed = ask_page.call(page, "replay")
     count = sum(len(each.tokens) for each in recorded)
     assert (replayed["prompts"], replayed["same"], replayed["of"]) == (len(recorded), count, count)
     assert 0 < replayed["error"] <= TOLERANCES[artifact.manifest.precision].logits
 
 
 def test_tokens_are_the_recorded_ones(browser: Any, artifact: Artifact) -> None:
-    import check
+    import ask_page
 
-    with check.opened(browser, artifact.path, threads=2) as page:
+    with ask_page.opened(browser, artifact.path, threads=2) as page:
         assert page.evaluate("crossOriginIsolated")
         assert "4 blocks of rank 4: 2 forward+backward, 2 neurons" in page.locator("#facts").text_content()
         assert f"onnxruntime, cpu, {artifact.manifest.precision}" in page.locator("#facts").text_content()
@@ -92,12 +92,15 @@ def test_tokens_are_the_recorded_ones(browser: Any, artifact: Artifact) -> None:
 
 def test_webgpu_says_them_too(browser: Any, artifact: Artifact) -> None:
     """On a GPU that the CPU plays: slow, and the same shaders."""
-    import check
+    import ask_page
 
-    with check.launch(browser.browser_type, software_gpu=True) as another, check.opened(another, artifact.path, runtime="webgpu") as page:
+    with (
+        ask_page.launch(browser.browser_type, software_gpu=True) as another,
+        ask_page.opened(another, artifact.path, runtime="webgpu") as page,
+    ):
         if why := page.locator("#why").text_content():
             pytest.skip(f"this Chromium computes no WebGPU on the CPU: {why}")
-        if artifact.manifest.precision == "fp16" and (wrong := check.problem(page)):
+        if artifact.manifest.precision == "fp16" and (wrong := ask_page.problem(page)):
             assert "this GPU has no shader-f16. Build it with --precision fp32" in wrong
             return
         assert "on WebGPU" in page.locator("#facts").text_content()
@@ -105,9 +108,9 @@ def test_webgpu_says_them_too(browser: Any, artifact: Artifact) -> None:
 
 
 def test_without_a_gpu_webgpu_is_grey_and_says_why(browser: Any, out: Path) -> None:
-    import check
+    import ask_page
 
-    with check.opened(browser, out, runtime="webgpu") as page:
+    with ask_page.opened(browser, out, runtime="webgpu") as page:
         if not page.locator("#why").text_content():
             pytest.skip("this machine has a GPU")
         assert page.locator("[value=webgpu]").is_disabled()
@@ -117,61 +120,61 @@ def test_without_a_gpu_webgpu_is_grey_and_says_why(browser: Any, out: Path) -> N
 
 def test_a_directory_that_is_picked(browser: Any, out: Path) -> None:
     """From the disk, without the server; and nothing is asked of another host."""
-    import check
+    import ask_page
 
-    with check.served(out) as address, browser.new_context() as context:
+    with ask_page.served(out) as address, browser.new_context() as context:
         page, asked = context.new_page(), []
         page.on("request", lambda request: asked.append(request.url))
         origin = address.split("?")[0]
         page.goto(origin)
         assert page.locator("#ask").is_disabled()
         page.set_input_files("#folder", out)
-        check.settled(page)
+        ask_page.settled(page)
         check_recorded(page, open_artifact(out))
         assert asked and all(url.startswith((origin, "data:")) for url in asked)
         assert not any("/artifact/" in url for url in asked)
 
 
 def test_an_end_token_ends(browser: Any, out: Path) -> None:
-    import check
+    import ask_page
 
     first = recorded_prompts(open_artifact(out))[0]
     tokens = first.tokens.tolist()
     end = tokens[3]
     (out / GENERATION).write_text(json.dumps({"eos_token_id": [end]}))
     seal(out, open_artifact(out).manifest)
-    with check.opened(browser, out) as page:
-        assert check.call(page, "decode", ids=first.ids.tolist(), tokens=len(tokens))["tokens"] == tokens[: tokens.index(end)]
+    with ask_page.opened(browser, out) as page:
+        assert ask_page.call(page, "decode", ids=first.ids.tolist(), tokens=len(tokens))["tokens"] == tokens[: tokens.index(end)]
 
 
 def test_each_adapter_of_a_bank(browser: Any, base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    import check
+    import ask_page
 
     bank = make_bank(adapters, base, tmp_path / "out", None)
     ids, decoder, said = [5, 9, 2, 44, 17], Decoder(bank), []
-    with check.opened(browser, bank.path) as page:
+    with ask_page.opened(browser, bank.path) as page:
         assert page.locator("#adapter option").all_text_contents() == [*adapters, "base"]
         for name in (*adapters, "base"):
             decoder.choice.choose(bank.manifest.bank.slot(name))  # type: ignore[union-attr]
-            said.append(check.call(page, "decode", ids=ids, tokens=12, stop=False, adapter=name)["tokens"])
+            said.append(ask_page.call(page, "decode", ids=ids, tokens=12, stop=False, adapter=name)["tokens"])
             assert said[-1] == greedy(decoder, ids, 12)
-        replayed = check.call(page, "replay")
+        replayed = ask_page.call(page, "replay")
     assert len({tuple(tokens) for tokens in said}) == len(said)
     assert replayed["same"] == replayed["of"] > 0
 
 
 def test_words_are_those_of_python(browser: Any, tmp_path: Path) -> None:
     """Tokenizer, chat template and streamed text."""
-    import check
+    import ask_page
 
     base = make_speaking_base(tmp_path / "base")
     built, _ = build(make_adapter(base, tmp_path / "adapter"), str(base), tmp_path / "out", BuildOptions(verify=False), silent)
     question = "What is the answer? ¿Qué? 14 + 9"
     (expected,) = generate(built, [question], max_new_tokens=256, runtime="decoder")
     (bare,) = generate(built, [question], max_new_tokens=256, runtime="decoder", adapter=False)
-    with check.opened(browser, built.path) as page:
-        answer = check.ask(page, question)
-        asked = check.call(page, "ask", question=question, tokens=1)
+    with ask_page.opened(browser, built.path) as page:
+        answer = ask_page.ask(page, question)
+        asked = ask_page.call(page, "ask", question=question, tokens=1)
     assert answer["answer"] == expected.text != bare.text
     assert len(asked["prompt"]) == expected.prompt_tokens
     assert float(answer["tokens_per_second"]) > 0
@@ -196,19 +199,19 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", REFUSED)
 def test_what_is_refused(browser: Any, out: Path, damage: str) -> None:
-    import check
+    import ask_page
 
     harm, says = REFUSED[damage]
     harm(out)
-    with check.opened(browser, out) as page:
-        assert says in (check.problem(page) or "nothing")
+    with ask_page.opened(browser, out) as page:
+        assert says in (ask_page.problem(page) or "nothing")
         assert page.locator("#ask").is_disabled() and page.locator("#facts").is_hidden()
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """A server of a directory whose neighbours are secret."""
-    import serve
+    import page_server
 
     (tmp_path / "secret").write_text("secret")
     out = tmp_path / "out"
@@ -216,7 +219,7 @@ def address(tmp_path: Path) -> Iterator[tuple[str, int]]:
     (out / "manifest.json").write_text("{}")
     (out / "sub" / "file").write_text("secret")
     (out / "link").symlink_to(tmp_path / "secret")
-    with serve.server(out) as running:
+    with page_server.server(out) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield "127.0.0.1", running.server_port
@@ -258,10 +261,10 @@ def test_what_is_served(address: tuple[str, int]) -> None:
         "/artifact/",
         "/artifact/manifest.json%00",
         "/artifact/manifest.json/../../secret",
-        "/serve.py",
+        "/page_server.py",
         "/package.json",
         "/node_modules/onnxruntime-web/package.json",
-        "/node_modules/../serve.py",
+        "/node_modules/../page_server.py",
     ],
 )
 def test_nothing_else_is_served(address: tuple[str, int], path: str) -> None:
@@ -271,7 +274,7 @@ def test_nothing_else_is_served(address: tuple[str, int], path: str) -> None:
 @pytest.mark.real
 def test_int4_smollm2_answers(browser: Any, smollm2: Path, tmp_path: Path) -> None:
     """With blocks of 16 the example's adapter, which was not trained on int4, keeps this answer; Python says the same."""
-    import check
+    import ask_page
     from click.testing import CliRunner
 
     out = tmp_path / "out"
@@ -279,8 +282,8 @@ def test_int4_smollm2_answers(browser: Any, smollm2: Path, tmp_path: Path) -> No
     made = CliRunner().invoke(main, [*command, "--no-verify", "--output", str(out)])
     assert made.exit_code == 0, made.output
     (expected,) = generate(open_artifact(out), [QUESTION], max_new_tokens=64, runtime="decoder")
-    with check.opened(browser, out, threads=2) as page:
-        answer = check.ask(page, QUESTION)
-        prompt = check.call(page, "ask", question=QUESTION, tokens=1)["prompt"]
+    with ask_page.opened(browser, out, threads=2) as page:
+        answer = ask_page.ask(page, QUESTION)
+        prompt = ask_page.call(page, "ask", question=QUESTION, tokens=1)["prompt"]
     assert answer["answer"] == "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18" == expected.text
     assert len(prompt) == expected.prompt_tokens

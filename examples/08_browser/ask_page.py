@@ -1,6 +1,6 @@
 """Ask an artifact in a real headless Chromium: the answer, tokens per second, and a picture of the page.
 
-python examples/08_browser/check.py out/demo "What is 14 + 9 - 5?" --screenshot page.png
+python examples/08_browser/ask_page.py out/demo "What is 14 + 9 - 5?" --screenshot page.png
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import serve
+import page_server
 from playwright.sync_api import Browser, BrowserType, Page, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
@@ -45,11 +45,11 @@ def launch(kind: BrowserType, *, software_gpu: bool = False) -> Browser:
 @contextlib.contextmanager
 def served(artifact: Path) -> Iterator[str]:
     """The page's address, while it is served."""
-    with serve.server(artifact) as running:
+    with page_server.server(artifact) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         try:
-            yield serve.url(running)
+            yield page_server.url(running)
         finally:
             running.shutdown()
             thread.join()

@@ -1,6 +1,6 @@
 """Serve the page, what it needs of node_modules, and one artifact, on this machine only. Ctrl-C ends it.
 
-    python examples/08_browser/serve.py out/demo
+    python examples/08_browser/page_server.py out/demo
 
 Any server will do that sends the same headers: without COOP and COEP a browser gives WASM no threads.
 """
