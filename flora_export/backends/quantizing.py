@@ -35,6 +35,11 @@ def read_options(given: Mapping[str, Any]) -> QuantizationOptions:
     return options
 
 
+def block_of(options: QuantizationOptions, packed: Packed | None) -> int:
+    """Inputs that share a scale: as the user says, as the base model has them, or 32."""
+    return options.block_size or (packed.block_size if packed is not None else 32)
+
+
 def choose_for_engines(precision: str, options: QuantizationOptions, align: int, packed: Packed | None = None) -> Quantization | None:
     """How a build for TensorRT quantizes: int4 alone, in operators of the ONNX standard; embeddings and head keep fp16.
 
@@ -79,7 +84,7 @@ def choose_quantization(precision: str, target: str, options: QuantizationOption
         if given:
             raise FloraExportError(f"--{given[0].replace('_', '-')} is for --precision {' or '.join(BITS)}, not {precision}")
         return None
-    bits, block = BITS[precision], options.block_size or (packed.block_size if packed is not None else 32)
+    bits, block = BITS[precision], block_of(options, packed)
     if packed is not None and (packed.bits, packed.block_size) != (bits, block):
         raise FloraExportError(
             f"the base model has int{packed.bits} in blocks of {packed.block_size} ({packed.method}), which are kept as they are: "

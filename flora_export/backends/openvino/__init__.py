@@ -19,7 +19,7 @@ from flora_export.backends import Golden, Plan, Progress, Runner
 from flora_export.backends.graph_files import write_graph
 from flora_export.backends.onnxruntime import Decoder as OnnxDecoder
 from flora_export.backends.onnxruntime import GraphBackend, Logits
-from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
+from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, block_of, choose_quantization, read_options
 from flora_export.base_model import BaseModel
 from flora_export.branch import Branch
 from flora_export.errors import BackendError, FusionError
@@ -44,7 +44,7 @@ class OpenVINO(GraphBackend):
             _part(name)
         options = options or QuantizationOptions()
         if align is None and precision in BITS:  # an adapter's ranks are whole blocks: OpenVINO has no weight with part of one
-            align = options.block_size or (base.packed.block_size if base.packed is not None else 32)
+            align = block_of(options, base.packed)
         plan = super().prepare(base, target, precision, align, options, golden)
         quantization = choose_quantization(precision, "cpu", options, base.packed)
         if quantization is None:
@@ -118,8 +118,8 @@ def _check_blocks(fused: Fused) -> None:
 
 def _describe(value: Any) -> Tensor:
     kinds = {"i64": "INT64", "i32": "INT32", "f32": "FLOAT", "f16": "FLOAT16"}  # the manifest's names, which are ONNX's
-    named = {"logits": ["batch", "tokens"], "attention_mask": ["batch", "past + tokens"]}.get(value.any_name, ["batch", "tokens"])
-    shape = [name if dim.is_dynamic else dim.get_length() for dim, name in zip(value.partial_shape, [*named, ""], strict=False)]
+    named = ("batch", "past + tokens" if value.any_name == "attention_mask" else "tokens", "")
+    shape = [name if dim.is_dynamic else dim.get_length() for dim, name in zip(value.partial_shape, named, strict=False)]
     return Tensor(value.any_name, kinds[value.element_type.get_type_name()], shape)
 
 

@@ -20,7 +20,7 @@ from flora_export.artifact import DATA, ENGINE, LAYERS, MODEL, Artifact
 from flora_export.backends import Golden, Plan, Progress, Runner
 from flora_export.backends.graph_files import write_graph
 from flora_export.backends.onnxruntime import GraphBackend
-from flora_export.backends.quantizing import choose_for_engines
+from flora_export.backends.quantizing import block_of, choose_for_engines
 from flora_export.backends.tensorrt import cache
 from flora_export.backends.tensorrt.engine import build_engine
 from flora_export.backends.tensorrt.explain import engine_lines
@@ -83,7 +83,7 @@ class TensorRT(GraphBackend):
     ) -> EngineBuild:
         options = options or EngineOptions()
         if align is None and precision in BITS:
-            align = options.quantization.block_size or (base.packed.block_size if base.packed is not None else 32)
+            align = block_of(options.quantization, base.packed)
         plan = super().prepare(base, target, precision, align, options, golden)
         quantization = choose_for_engines(precision, options.quantization, plan.align, base.packed)
         profiles = profiles_for(options.ranges, base.context, options.cache_tokens)
