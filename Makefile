@@ -13,7 +13,7 @@ LLAMA_CPP := $(VENV)/llama.cpp
 LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench machines accuracy readme-tables train cpp-dependencies browser-dependencies clean
+.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies browser-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -68,6 +68,10 @@ bench: $(VENV)/installed-bench $(BASE)
 # The verdict of builds, verifications and mutations, and the bytes of artifacts, under settings that make processors compute otherwise.
 machines: $(VENV)/installed-test $(BASE)
 	$(BIN)/python benchmarks/machines.py --base $(BASE)
+
+# Every promise of docs/reliability.md, tried: kills, faults, hostile input, served load, supply chain. Under 60 minutes; fails on any loss.
+campaign: $(VENV)/installed-test $(BASE) $(SERVER) cpp-dependencies
+	$(BIN)/python -m benchmarks.campaign
 
 # FFBA beside LoRA at one budget: trains, scores, times, and writes the table and the plot. Under 45 minutes on two cores.
 # `PRESET=full` compares every method, on a GPU. What is in build/accuracy from a run that was interrupted is not done again.

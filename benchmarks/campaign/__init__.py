@@ -1,0 +1,1 @@
+"""The reliability campaign: each promise of docs/reliability.md, tried."""
