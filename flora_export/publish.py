@@ -10,10 +10,11 @@ from pathlib import Path
 from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends import PUBLISHED, backend_of
 from flora_export.backends.triton.config import DECODER, GENERATE, Serving, read_serving
-from flora_export.backends.triton.models.generation import Model, Settings
+from flora_export.backends.triton.program.decoding import Logits, Row
+from flora_export.backends.triton.program.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
 from flora_export.base_model import read_json
-from flora_export.errors import ArtifactError, BackendError, VerificationError
+from flora_export.errors import ArtifactError, VerificationError
 from flora_export.generate import end_tokens
 from flora_export.pipeline import BuildOptions, build
 from flora_export.refill import refill
@@ -112,27 +113,23 @@ def roll_back(repo: Path, to: int | None) -> Published:
 
 
 def generation_faults(artifact: Artifact) -> list[str]:
-    """Whether the artifact answers golden prompts in what `generate` runs it in, and ends its answers where it should, a line each."""
+    """Whether the artifact answers golden prompts as `generate` runs it, all of them together, and ends its answers where it should."""
     try:
         served = Model(artifact.path)
         served.encode(PROMPTS[0], None, Settings())
-    except ImportError as error:
-        raise BackendError(
-            f"`generate` runs in ONNX Runtime GenAI, which is not there ({error}): pip install 'flora-export[genai]'"
-        ) from error
-    except Exception as error:  # ONNX Runtime GenAI and transformers have no types of their own for what they refuse
-        return [f"ONNX Runtime GenAI and the tokenizer do not load for `generate`: {error}"]
+    except Exception as error:  # ONNX Runtime and transformers have no types of their own for what they refuse
+        return [f"the model and the tokenizer do not load for `generate`: {error}"]
     ends = end_tokens(artifact, read_json(artifact.path / "config.json", "model configuration"))
     if served.ends != ends:
         return [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]
-    faults, bank = [], artifact.manifest.bank
-    for index, recorded in enumerate(recorded_prompts(artifact)):
-        ids, tokens, logits = recorded.ids, recorded.tokens, recorded.logits
-        adapter = bank.names[recorded.slot] if bank is not None and recorded.slot is not None else None
-        try:
-            answer = _greedy(served, ids.tolist(), len(tokens), adapter)
-        except Exception as error:
-            return [f"`generate` cannot answer golden prompt {index}: {error}"]
+    prompts = recorded_prompts(artifact)
+    try:
+        answers = _greedy(served, [Row(prompt.ids.tolist(), len(prompt.tokens), prompt.slot) for prompt in prompts])
+    except Exception as error:
+        return [f"`generate` cannot answer the golden prompts: {error}"]
+    faults = []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tokens, logits = prompt.tokens, prompt.logits
         differ = [step for step, token in enumerate(answer) if token != tokens[step]]
         if differ:  # two tokens so close that rounding decides are both right; what follows is then another answer
             step = differ[0]
@@ -142,12 +139,22 @@ def generation_faults(artifact: Artifact) -> list[str]:
     return faults
 
 
-def _greedy(served: Model, prompt: list[int], steps: int, adapter: str | None) -> list[int]:
-    """The most likely tokens, up to an end token; of a bank, an adapter's."""
-    generator, room = served.generator(len(prompt), Settings(max_tokens=steps, adapter=adapter))
-    generator.append_tokens(prompt)
-    answer: list[int] = []
-    while len(answer) < room and not (answer and answer[-1] in served.ends):
-        generator.generate_next_token()
-        answer.append(int(generator.get_next_tokens()[0]))
-    return answer
+def _greedy(served: Model, rows: list[Row]) -> list[list[int]]:
+    """The most likely tokens of each row, up to an end token."""
+    decoder, answers = served.decoder, {row: list[int]() for row in rows}
+
+    def take(row: Row, logits: Logits) -> bool:
+        row.token = int(logits.argmax())
+        answers[row].append(row.token)
+        return len(answers[row]) == row.most - len(row.prompt) or row.token in served.ends
+
+    for row in rows:
+        while (logits := decoder.read(row)) is None:
+            pass
+        if not take(row, logits):
+            decoder.join(row)
+    while decoder.rows:
+        for row, logits in decoder.step():
+            if take(row, logits):
+                decoder.leave(row)
+    return list(answers.values())

@@ -20,8 +20,8 @@ from flora_export.artifact import Artifact, open_artifact
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
-from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Settings
-from flora_export.backends.triton.models.scheduler import Scheduler
+from flora_export.backends.triton.program.generation import Job, Model, Piece, RequestError, Settings
+from flora_export.backends.triton.program.scheduler import Scheduler
 from flora_export.backends.triton.repository import check, live
 from flora_export.bank import LAYOUTS, STACK
 from flora_export.cli import main
@@ -35,7 +35,6 @@ from tests.conftest import silent
 from tests.families import make_adapter, make_speaking_base
 
 pytest.importorskip("tritonclient.grpc", reason="extra triton is not installed")
-pytest.importorskip("onnxruntime_genai", reason="extra genai is not installed")
 
 NAMES = ("first", "second", "third")
 WHO = (*NAMES, "base")
@@ -264,7 +263,8 @@ class Client:
 
 def test_requests_of_all_adapters_take_turns(bank: Artifact) -> None:
     """A token of each in turn, 30 on their way at a time: each answer is its own adapter's."""
-    model, scheduler = Model(bank.path, threads=1), Scheduler(30)
+    model = Model(bank.path, threads=1)
+    scheduler = Scheduler(model.decoder, 30)
     questions = [QUESTION, "say", "what is the question, you ask?"]
     wanted = {(who, question): greedy(bank, who, question, STEPS) for who in WHO for question in questions}
     assert all(len({wanted[who, question] for who in WHO}) == len(WHO) for question in questions)

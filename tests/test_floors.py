@@ -58,6 +58,7 @@ FLOORS = {
     "flora_export.publish": 11,
     "flora_export.cli": 12,
 }
+PROGRAM = "flora_export.backends.triton.program."
 
 
 def _place(module: str) -> str:
@@ -83,6 +84,8 @@ def test_imports_go_down(module: str) -> None:
     assert here != "flora_export" or module == "flora_export", f"{module} stands on no floor: add it to FLOORS"
     for node in ast.walk(ast.parse(names[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
+            if PROGRAM in module and node.level == 1:  # it stands elsewhere when it runs, and imports what stands beside it
+                continue
             assert node.level == 0, f"{module}: imports are written in full"
             targets = [node.module] if node.module != "flora_export" else [f"flora_export.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):

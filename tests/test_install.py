@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 PACKAGE_OF = {"mobius": "mobius-onnx", "tensorrt_rtx": "tensorrt-rtx-cu13"}  # where the two have different names
 CARRIED = {"google", "tokenizers"}  # by a package that is not itself without them: protobuf by onnx, tokenizers by transformers
-SERVER_SIDE = {"generation", "scheduler", "triton_python_backend_utils"}  # imported by the program in a Triton repository, beside it
+SERVER_SIDE = {"program", "triton_python_backend_utils"}  # imported by the program in a Triton repository, beside it
 STAMPS = ("demo", "serve", "bench", "accuracy", "test")
 
 
@@ -33,7 +33,7 @@ def imported() -> set[str]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.split(".")[0])
     third = modules - sys.stdlib_module_names - CARRIED - SERVER_SIDE - {"flora_export"}
     return {PACKAGE_OF.get(module, module.replace("_", "-")) for module in third}

@@ -23,7 +23,7 @@ from pathlib import Path
 
 PACKAGE = "nvidia-pytriton==0.7.0"
 PARTS = ("pytriton/tritonserver/", "nvidia_pytriton.libs/")  # the libraries are found by their place beside the server
-PYTHON = ("onnxruntime", "onnxruntime-genai", "transformers", "tokenizers")  # what `generate` runs on, in this environment's versions
+PYTHON = ("onnxruntime", "transformers", "tokenizers")  # what `generate` runs on, in this environment's versions
 HOME = Path("pytriton/tritonserver")
 VENV = Path("venv")
 STAND_IN = Path(__file__).parent / "onnxruntime_backend.py"

@@ -10,6 +10,7 @@ from flora_export.backends.triton.config import (
     CONFIG,
     DECODER,
     GENERATE_OUTPUTS,
+    MAIN,
     RUNTIMES,
     describe,
     generate_inputs,
@@ -61,7 +62,7 @@ def _sizes(config: Any) -> list[str]:
 def _places(config: Any, model: Path) -> list[str]:
     """Names of the model, its backend, its live version and its file."""
     faults = []
-    backend, file = "python", "model.py"
+    backend, file = "python", MAIN
     if config.name != model.name:
         faults.append(f"name is {config.name!r}, but its directory is {model.name!r}")
     if model.name == DECODER:

@@ -18,6 +18,7 @@ from flora_export.stacks import matrices_of
 
 DECODER, GENERATE = "decoder", "generate"
 CONFIG = "config.pbtxt"
+MAIN = "model.py"  # of the program of `generate`: what the server runs
 HASH = "sha256:"  # begins a parameter of `generate` that has the hash of a file of its program
 FORMER = "former_version"  # a parameter of `decoder`: what was live before; Triton has no use for it
 TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
@@ -105,7 +106,7 @@ def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: W
 
 def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: Warmup, program: Mapping[str, str]) -> str:
     """config.pbtxt of `generate`. `program` has the SHA-256 of its files that the manifest does not know, by name."""
-    lines = [f'name: "{GENERATE}"', 'backend: "python"', 'default_model_filename: "model.py"', "max_batch_size: 0"]
+    lines = [f'name: "{GENERATE}"', 'backend: "python"', f'default_model_filename: "{MAIN}"', "max_batch_size: 0"]
     lines.append("model_transaction_policy { decoupled: true }")
     inputs = generate_inputs(manifest)
     lines += [_tensor("input", name, kind, dims, optional=optional) for name, kind, dims, optional in inputs]

@@ -31,10 +31,11 @@ from flora_export.backends.triton.config import (
     FORMER,
     GENERATE,
     HASH,
+    MAIN,
     Serving,
     parse,
 )
-from flora_export.backends.triton.version import PROGRAM, write_version
+from flora_export.backends.triton.version import write_version
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
@@ -185,12 +186,12 @@ def _changed_program(directory: Path, text: str) -> list[str]:
         parameters = parse(text).parameters
     except ValueError:
         return []  # said already
+    known = {key.removeprefix(HASH): value.string_value for key, value in parameters.items() if key.startswith(HASH)}
     faults = []
-    for name in PROGRAM.values():
-        known = parameters[f"{HASH}{name}"].string_value if f"{HASH}{name}" in parameters else None
+    for name in sorted({MAIN, *known}):  # an earlier version has other files beside it
         if not (directory / name).is_file():
             faults.append(f"{name} is missing")
-        elif file_sha256(directory / name) != known:
+        elif file_sha256(directory / name) != known.get(name):
             faults.append(f"{name} is not the file that was published: its SHA-256 differs from {CONFIG}'s")
     return faults
 

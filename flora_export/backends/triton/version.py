@@ -10,16 +10,17 @@ from safetensors import SafetensorError, safe_open
 
 from flora_export.artifact import GOLDEN, MANIFEST, REPORT, Artifact, link_or_copy, open_artifact
 from flora_export.backends.triton.check import config_faults
-from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, Serving, Warmup, decoder_config, describe, generate_config
+from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, MAIN, Serving, Warmup, decoder_config, describe, generate_config
 from flora_export.bank import ADAPTER_IDS, Bank
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
+HERE = Path(__file__).parent / "program"
+# Of `generate`: in the version -> in this package.
 PROGRAM = {
-    "generate.py": "model.py",
-    "generation.py": "generation.py",
-    "scheduler.py": "scheduler.py",
-}  # of `generate`: in this package -> in the version
+    MAIN: HERE / "model.py",
+    **{f"program/{name}": HERE / name for name in ("__init__.py", "generation.py", "decoding.py", "sampling.py", "scheduler.py")},
+}
 NO_CACHE = "This file keeps Python from writing here: a server that polls would take it for a change, and load the version again.\n"
 
 
@@ -37,15 +38,16 @@ def write_version(
     warmup = _decoder_warmup(artifact, scratch / DECODER / "warmup", version)
     texts = {DECODER: decoder_config(artifact.manifest, version, serving, warmup, former)}
     if GENERATE in models:
-        generate.mkdir(parents=True)
+        (generate / "program").mkdir(parents=True)
         for file in decoder.iterdir():
             link_or_copy(file, generate / file.name)
-        for source, name in PROGRAM.items():
-            shutil.copyfile(Path(__file__).parent / "models" / source, generate / name)
-        (generate / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
+        for name, source in PROGRAM.items():
+            shutil.copyfile(source, generate / name)
+        for directory in (generate, generate / "program"):
+            (directory / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
         warmup = _generate_warmup(scratch / GENERATE / "warmup", version, artifact.manifest.bank)
         texts[GENERATE] = generate_config(
-            artifact.manifest, version, serving, warmup, {name: file_sha256(generate / name) for name in PROGRAM.values()}
+            artifact.manifest, version, serving, warmup, {name: file_sha256(generate / name) for name in PROGRAM}
         )
     faults = []
     for model, text in texts.items():

@@ -1,4 +1,4 @@
-"""The `generate` model of a Triton repository: text in, text out, streamed or whole. Published as model.py beside the artifact's files."""
+"""The `generate` model of a Triton repository: text in, text out, streamed or whole. In a version, the package `program` is beside it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # the server brings it
-from generation import Job, Model, Piece, RequestError, Settings, read_messages
-from scheduler import Scheduler
+from program.generation import Job, Model, Piece, RequestError, Settings, read_messages
+from program.scheduler import Scheduler
 
 SCALARS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stream", "chat")  # inputs of one number each
 LONGEST_MESSAGE = 2000  # characters of an error
@@ -29,7 +29,7 @@ class TritonPythonModel:
             if faults:
                 raise pb_utils.TritonModelException(f"{version} is damaged: {'; '.join(faults)}. Publish the artifact again.")
         self.model = Model(version, int(given["threads"]))
-        self.scheduler = Scheduler(int(given["concurrent_requests"]))
+        self.scheduler = Scheduler(self.model.decoder, int(given["concurrent_requests"]))
         self.counters = Counters({"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> None:

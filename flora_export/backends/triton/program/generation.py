@@ -1,7 +1,6 @@
-"""Text generation inside the server: requests, the model in ONNX Runtime GenAI, and a request's turns.
+"""Text generation inside the server: what a request may ask, its prompt as tokens, and its answer as text.
 
-It knows nothing of Triton (model.py does), and needs of the server's Python only onnxruntime-genai and transformers, without torch.
-Tokens are transformers' own: ONNX Runtime GenAI's tokenizer was seen to split SmolLM2's white space in another way.
+It knows nothing of Triton (model.py does), and needs of the server's Python only onnxruntime and transformers, without torch.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .decoding import Decoder, Logits, Row
+from .sampling import Sampler
+
 BASE = "base"  # the base model's name beside a bank's adapters
-PREFILL = 512  # prompt tokens in one turn: a longer prompt would keep the others waiting
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 CHARACTERS_PER_TOKEN = 64  # a text of more than this for each token of the context is refused before it is tokenized
 
@@ -118,32 +119,21 @@ class StopText:
 
 
 class Model:
-    """An artifact in ONNX Runtime GenAI: prompts to tokens, and a generator for each request."""
+    """An artifact: its decoder, and prompts to tokens."""
 
     def __init__(self, directory: Path, threads: int = 0) -> None:
         """Load it. `threads` of one operator; 0 leaves it to ONNX Runtime."""
-        import numpy as np
-        import onnxruntime_genai as genai
         import tokenizers
         import transformers
 
-        self._genai = genai
         config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context: int = config["context_length"]
         self.most_characters = CHARACTERS_PER_TOKEN * self.context
-        self.vocabulary: int = config["vocab_size"]
         ends = config["eos_token_id"]
         self.ends = set(ends if isinstance(ends, list) else [ends])
         bank = json.loads((directory / "manifest.json").read_text(encoding="utf-8")).get("bank")
-        slots = {} if bank is None else {name: slot for slot, name in enumerate(bank["names"]) if name} | {BASE: -1}
-        # By name: what a generator is given. It reads the array at every step, and neither copies it nor keeps it.
-        self._adapter_ids = {name: np.array([slot], np.int64) for name, slot in slots.items()}
-        options: dict[str, Any] = {"session.intra_op.allow_spinning": "0"}  # an idle model leaves the processor to others
-        if threads:
-            options["intra_op_num_threads"] = threads
-        settings = genai.Config(str(directory))
-        settings.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self._model = genai.Model(settings)
+        self._slots = {} if bank is None else {name: slot for slot, name in enumerate(bank["names"]) if name} | {BASE: -1}
+        self.decoder = Decoder(directory, threads)
         transformers.logging.set_verbosity_error()  # it remarks on the class name that ONNX Runtime GenAI wants
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         # One for each direction: they are used by two threads.
@@ -176,7 +166,7 @@ class Model:
 
     def check_adapter(self, settings: Settings) -> None:
         """Raises RequestError where a request does not say which adapter of a bank answers, or names one that there is not."""
-        known = self._adapter_ids
+        known = self._slots
         if settings.adapter is not None and not known:
             raise RequestError("adapter was given, but this model holds one adapter alone: leave it out")
         if known and settings.adapter not in known:
@@ -187,21 +177,10 @@ class Model:
         if size > self.most_characters:
             raise RequestError(f"a prompt of {size} characters is too long for a context of {self.context} tokens")
 
-    def generator(self, prompt_tokens: int, settings: Settings) -> tuple[Any, int]:
-        """A generator for a prompt of so many tokens, and how many it may add."""
-        room = min(settings.max_tokens, self.context - prompt_tokens)
-        options: dict[str, Any] = {"max_length": prompt_tokens + room, "do_sample": settings.temperature > 0}
-        options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # whatever genai_config.json says
-        if settings.temperature > 0:
-            options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": min(settings.top_k, self.vocabulary)}
-            if settings.seed >= 0:
-                options["random_seed"] = settings.seed
-        parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(**options)
-        generator = self._genai.Generator(self._model, parameters)
-        if settings.adapter is not None:
-            generator.set_model_input("adapter_ids", self._adapter_ids[settings.adapter])
-        return generator, room
+    def row(self, prompt: list[int], settings: Settings) -> Row:
+        """Where a request stands in the decoder; the context may leave it fewer tokens than it asks for."""
+        slot = None if settings.adapter is None else self._slots[settings.adapter]
+        return Row(prompt, min(settings.max_tokens, self.context - len(prompt)), slot)
 
     def text(self) -> AnswerText:
         """Where the tokens of a new answer become text."""
@@ -240,7 +219,7 @@ class Piece:
     new_tokens: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One request on its way. `send` gets each piece; `fail` gets a message instead of the last; `cancelled` says that nobody listens."""
 
@@ -252,25 +231,15 @@ class Job:
     cancelled: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self._generator: Any = None
-        self._fed = self._count = 0
-        self._text = ""
+        settings = self.settings
+        self.row = self.model.row(self.prompt, settings)
+        self._sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, settings.seed)
+        self._answer, self._stop = self.model.text(), StopText(settings.stop)
+        self._room, self._count, self._text = self.row.most - len(self.prompt), 0, ""
 
-    def advance(self) -> bool:
-        """One turn: a part of the prompt, or a token. Returns whether the request is done."""
-        if self.cancelled():
-            self._generator = None  # its KV cache goes with it
-            self.fail("the client cancelled the request", "cancelled")
-            return True
-        if self._generator is None:
-            self._generator, self._room = self.model.generator(len(self.prompt), self.settings)
-            self._answer, self._stop = self.model.text(), StopText(self.settings.stop)
-        if self._fed < len(self.prompt):
-            self._generator.append_tokens(self.prompt[self._fed : self._fed + PREFILL])
-            self._fed += PREFILL
-            return False
-        self._generator.generate_next_token()
-        token = int(self._generator.get_next_tokens()[0])
+    def take(self, logits: Logits) -> bool:
+        """Choose the next token, and send what it makes of the answer. Returns whether that was the last."""
+        token = self.row.token = self._sampler.choose(logits)
         self._count += 1
         ended = token in self.model.ends
         text = self._stop.push("" if ended else self._answer.push(token))
@@ -282,7 +251,6 @@ class Job:
         elif not self.settings.stream:
             self._text += text
         if reason:
-            self._generator = None
             new = self._count - ended
             self.send(Piece(text if self.settings.stream else self._text, reason, len(self.prompt), new))
         return bool(reason)
