@@ -35,7 +35,7 @@ from tests.families import make_adapter, make_speaking_base
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "04_triton"))
 from get_server import HOME  # noqa: E402  # found on the path above
-from server import Server  # noqa: E402
+from server import Proxy, Server  # noqa: E402
 
 SERVER = Path(os.environ.get("FLORA_TRITONSERVER", ROOT / "models" / "tritonserver"))
 grpc = pytest.importorskip("tritonclient.grpc", reason="extra triton is not installed")
@@ -302,6 +302,50 @@ def test_generate_refuses_wrong_tensors_over_grpc(server: Server) -> None:
         assert not pieces
         assert message in str(error)
     assert stream(server, {"text_input": QUESTION}, {"max_tokens": 2})[1] is None
+
+
+@pytest.fixture(scope="module")
+def proxy(server: Server, repo: Path) -> Iterator[Proxy]:
+    if shutil.which("nginx") is None:
+        pytest.skip("no nginx here: make server-dependencies installs it on Debian")
+    running = Proxy(server, repo.parent / "nginx")
+    yield running
+    running.stop()
+
+
+def raw_post(address: str, body: str, path: str = "/v2/models/generate/generate") -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection(address, timeout=60)
+    try:
+        connection.request("POST", path, body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_the_recipe_lets_questions_through(proxy: Proxy, artifacts: list[Artifact]) -> None:
+    body = json.dumps({"text_input": QUESTION, "max_tokens": 8})
+    assert raw_post(proxy.http, body)[1]["text_output"] == expected(artifacts[0], QUESTION, 8)
+    connection = http.client.HTTPConnection(proxy.http, timeout=60)
+    connection.request("POST", "/v2/models/generate/generate_stream", json.dumps({"text_input": QUESTION, "max_tokens": 8, "stream": True}))
+    pieces = [json.loads(line[6:]) for line in connection.getresponse().read().splitlines() if line]
+    assert "".join(piece["text_output"] for piece in pieces) == expected(artifacts[0], QUESTION, 8)
+    assert len(pieces) > 4
+
+
+def test_the_recipe_keeps_out_what_would_end_the_server(server: Server, proxy: Proxy, artifacts: list[Artifact]) -> None:
+    """Bodies that are too large, and brackets as many as fit: each has its answer, and the server goes on."""
+    limit = 2**20
+    assert raw_post(proxy.http, json.dumps({"text_input": "a" * limit})) == (413, {"error": "a body may have 1 MiB"})
+    for body in ("[" * limit, '{"a":' * (limit // 5), '{"text_input":' + "[" * (limit // 2 - 8) + "]" * (limit // 2 - 8) + "}"):
+        status, answer = raw_post(proxy.http, body)
+        assert status in (400, 500)
+        assert "error" in answer
+    for path in ("/v2/models/decoder/infer", "/v2/repository/index", "/v2/models/generate/stats", "/v2/systemsharedmemory/status"):
+        assert raw_post(proxy.http, "{}", path)[0] == 404
+    assert raw_post(server.http, json.dumps({"text_input": QUESTION, "max_tokens": 8}))[1]["text_output"] == expected(
+        artifacts[0], QUESTION, 8
+    )
 
 
 def test_an_answer_ends_with_the_context(server: Server) -> None:

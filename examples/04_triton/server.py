@@ -1,8 +1,9 @@
-"""Start and stop a tritonserver laid out by get_server.py, on 127.0.0.1 and free ports."""
+"""Start and stop a tritonserver laid out by get_server.py, and nginx in front of it, on 127.0.0.1 and free ports."""
 
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sysconfig
@@ -11,6 +12,8 @@ import urllib.request
 from pathlib import Path
 
 from get_server import HOME, VENV
+
+STACK = 256 * 2**20  # bytes of a thread: the server's JSON parser takes 64 for each bracket that a client opens, and dies of too few
 
 
 class Server:
@@ -51,7 +54,13 @@ class Server:
         command += ["--allow-gpu-metrics=false", "--exit-timeout-secs=30"]
         self.log = log
         output = log.open("ab") if log is not None else None
-        self.process = subprocess.Popen([str(word) for word in command], env=environment, stdout=output, stderr=output)
+        limits = resource.getrlimit(resource.RLIMIT_STACK)
+        most = STACK if limits[1] == resource.RLIM_INFINITY else min(STACK, limits[1])
+        resource.setrlimit(resource.RLIMIT_STACK, (most, limits[1]))  # as `ulimit -s` before the server: it inherits this
+        try:
+            self.process = subprocess.Popen([str(word) for word in command], env=environment, stdout=output, stderr=output)
+        finally:
+            resource.setrlimit(resource.RLIMIT_STACK, limits)
 
     def wait(self, seconds: float = 120) -> None:
         """Wait until all models are ready. Raises RuntimeError with the log's end where that does not happen."""
@@ -78,6 +87,33 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+
+class Proxy:
+    """nginx as nginx.conf sets it up, before a server's HTTP. Its files go into `directory`."""
+
+    def __init__(self, server: Server, directory: Path) -> None:
+        """Raises FileNotFoundError where there is no nginx."""
+        self.http = f"127.0.0.1:{_free_ports(1)[0]}"
+        directory.mkdir(exist_ok=True)
+        text = (Path(__file__).parent / "nginx.conf").read_text()
+        (directory / "nginx.conf").write_text(text.replace("127.0.0.1:8000", server.http).replace("127.0.0.1:8080", self.http))
+        with (directory / "nginx.log").open("wb") as log:
+            self.process = subprocess.Popen(["nginx", "-p", f"{directory.absolute()}/", "-c", "nginx.conf"], stdout=log, stderr=log)
+        end = time.monotonic() + 30
+        host, port = self.http.split(":")
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                socket.create_connection((host, int(port)), 1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        self.stop()
+        raise RuntimeError(f"nginx does not listen: {(directory / 'nginx.log').read_text(errors='replace')}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     "--threads", type=click.IntRange(min=0), default=0, show_default=True, help="Threads of one operator; 0: the runtime's choice."
 )
 @click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more are refused.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Most a request may ask for; 0: the context's."
+)
 @click.option("--check-files/--no-check-files", default=True, show_default=True, help="Check hashes whenever `generate` is loaded.")
 @click.option("--rollback", is_flag=True, help="Make the version before the live one live again; takes REPO alone.")
 @click.option("--to", type=click.IntRange(min=1), metavar="N", help="Make version N live; takes REPO alone.")
@@ -34,6 +37,7 @@ def triton(
     concurrent: int,
     threads: int,
     max_queue: int,
+    max_tokens: int,
     check_files: bool,
     rollback: bool,
     to: int | None,
@@ -66,7 +70,7 @@ def triton(
         if action:
             done = publishing.roll_back(repo, to)
         else:
-            serving = Serving(instances, max_batch, concurrent, threads, max_queue, check_files)
+            serving = Serving(instances, max_batch, concurrent, threads, max_queue, check_files, max_tokens)
             done = publishing.publish(open_artifact(paths[0]), repo, serving, progress())
         say_published(repo, done, as_json)
         return 0

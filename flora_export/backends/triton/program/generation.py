@@ -38,8 +38,8 @@ class Settings:
     adapter: str | None = None  # of a bank: who answers
 
     @staticmethod
-    def read(given: Mapping[str, Any]) -> Settings:
-        """Check what a request sets, by name. Raises RequestError."""
+    def read(given: Mapping[str, Any], most_tokens: int = 0) -> Settings:
+        """Check what a request sets, by name; it may ask for at most so many tokens (0: any number). Raises RequestError."""
         known = {field.name for field in fields(Settings)}
         unknown = sorted(given.keys() - known)
         if unknown:
@@ -47,7 +47,9 @@ class Settings:
         values = dict(given)
         if "temperature" not in values and values.keys() & {"top_p", "top_k", "seed"}:
             values["temperature"] = 1.0
-        for name, (low, high) in {"max_tokens": (1, 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (-1, 2**31 - 1)}.items():
+        if most_tokens:
+            values.setdefault("max_tokens", min(Settings.max_tokens, most_tokens))
+        for name, (low, high) in {"max_tokens": (1, most_tokens or 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (-1, 2**31 - 1)}.items():
             if name in values:
                 _expect(isinstance(values[name], int) and not isinstance(values[name], bool), name, values[name], "a whole number")
                 _expect(low <= values[name] <= high, name, values[name], f"between {low} and {high}")

@@ -30,6 +30,7 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException(f"{version} is damaged: {'; '.join(faults)}. Publish the artifact again.")
         self.model = Model(version, int(given["threads"]))
         self.scheduler = Scheduler(self.model.decoder, int(given["concurrent_requests"]))
+        self.most_tokens = int(given["max_tokens"])
         self.counters = Counters({"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> None:
@@ -70,7 +71,7 @@ class TritonPythonModel:
             given["stop"] = [_text(value, "stop") for value in inputs["stop"]]
         if ("text_input" in inputs) == ("messages" in inputs):
             raise RequestError("give text_input or messages, one of the two")
-        settings = Settings.read(given)
+        settings = Settings.read(given, self.most_tokens)
         self.model.check_adapter(settings)
         if "messages" in inputs:
             messages = read_messages(_text(_one(inputs, "messages"), "messages"), self.model.most_characters)
