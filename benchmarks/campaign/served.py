@@ -5,28 +5,22 @@ Each answer is held to what its version's artifact answers outside any server. W
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import re
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.campaign.load import MALFORMED, PATH, WAYS, Key, Load, Truth, in_background, percentiles
+from benchmarks.campaign.caps import Limits, try_caps
+from benchmarks.campaign.load import MALFORMED, PATH, WAYS, Key, Load, Truth, in_background, percentiles, throughput
 from benchmarks.campaign.outcome import Outcome, Size
 from flora_export.artifact import Artifact
 from flora_export.backends.onnxruntime import Decoder
@@ -43,12 +37,11 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples" / "04_triton"), str(ROOT / "examples" / "01_train_ffba")]
 from get_server import HOME  # noqa: E402  # found on the path above
 from problems import problems  # noqa: E402
-from server import Proxy, Server  # noqa: E402
+from server import Server  # noqa: E402
 
 SERVER, SMOLLM2, ADAPTER = ROOT / "models" / "tritonserver", ROOT / "models" / "smollm2", ROOT / "examples" / "01_train_ffba" / "adapter"
 REQUESTS: dict[Size, tuple[int, int]] = {"short": (600, 0), "full": (100_000, 2_000)}  # on tiny models, on SmolLM2
 CLIENTS, SLOTS, QUEUE = 16, 8, 64
-CONNECTIONS = 256  # that nginx.conf allows
 MOST = 48  # max_tokens that the server allows
 LENGTHS = (1, 4, 12)  # max_tokens that are asked for
 FLAT = 0.05  # memory of the second half of a load beside that of the first
@@ -84,7 +77,7 @@ def _tiny(work: Path, requests: int, seed: int) -> list[Outcome]:
         server.wait()
         steady = _steady(server, truth, requests * 6 // 10, seed)
         changing = _changing(server, truth, requests * 4 // 10, seed + 1, repo, adapters, base)
-        caps = _caps(server, work)
+        caps = try_caps(server, work, Limits(MOST, SLOTS, QUEUE))
     finally:
         server.stop()
     return [steady, changing, caps]
@@ -105,7 +98,7 @@ def _steady(server: Server, truth: Truth, requests: int, seed: int) -> Outcome:
     outcome.losses += _counted(server)
     if growth is not None and growth > FLAT:
         outcome.losses.append(f"memory grew by {growth:.1%} from the first half of the load to the second")
-    outcome.figures = _figures(load, seconds) | {"memory_growth": growth, "memory_bytes": watched.median()}
+    outcome.figures = _figures(load, seconds) | _throughput(load, 64) | {"memory_growth": growth, "memory_bytes": watched.median()}
     return outcome
 
 
@@ -147,78 +140,6 @@ def _changing(server: Server, truth: Truth, requests: int, seed: int, repo: Path
     return outcome
 
 
-def _caps(server: Server, work: Path) -> Outcome:
-    """What is too much is refused, with its cause, and the server goes on."""
-    outcome = Outcome("served", "too much at once is refused with its cause: tokens, requests, bodies, brackets, idle clients")
-    good = json.dumps({"text_input": "what", "max_tokens": 2, "adapter": "first"})
-
-    def ask(address: str, body: str, seconds: float = 60) -> tuple[int, str]:
-        connection = http.client.HTTPConnection(address, timeout=seconds)
-        try:
-            connection.request("POST", PATH, body)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode(errors="replace")
-        finally:
-            connection.close()
-
-    def expect(what: str, found: tuple[int, str], status: tuple[int, ...], text: str) -> None:
-        outcome.tried += 1
-        if found[0] not in status or text not in found[1]:
-            outcome.losses.append(f"{what}: {found[0]}, {found[1][:200]!r}, not {status} with {text!r}")
-
-    long = good.replace("2,", f"{MOST},")
-    with ThreadPoolExecutor(QUEUE + 3 * SLOTS) as pool:
-        found = list(pool.map(lambda _: ask(server.http, long), range(QUEUE + 3 * SLOTS)))
-    for each in found:
-        expect("more than the queue holds", each, (200, 503), "text_output" if each[0] == 200 else "Exceeds maximum queue size")
-    outcome.figures["more than the queue holds"] = {str(status): n for status, n in sorted(Counter(status for status, _ in found).items())}
-    if {status for status, _ in found} != {200, 503}:
-        outcome.losses.append(f"of {len(found)} at once none was refused, or all: {outcome.figures}")
-    expect("max_tokens", ask(server.http, good.replace("2,", f"{MOST + 1},")), (400,), f"must be between 1 and {MOST}")
-    if shutil.which("nginx") is None:
-        outcome.not_tried.append("there is no nginx here, so its recipe was not tried")
-        return outcome
-    proxy = Proxy(server, work / "nginx")
-    try:
-        expect("a question", ask(proxy.http, good), (200,), "text_output")
-        for megabytes in (2, 64, 256):
-            body = json.dumps({"text_input": "a" * megabytes * 2**20})
-            try:
-                found = ask(proxy.http, body)
-            except (BrokenPipeError, ConnectionResetError):  # it closes while the client still sends
-                found = 413, "a body may have 1 MiB"
-            expect(f"{megabytes} MiB", found, (413,), "a body may have 1 MiB")
-        half = 2**19 - 64
-        for body in ("[" * 2**20, '{"text_input": ' + "[" * half + "]" * half + "}"):
-            expect("brackets", ask(proxy.http, body), (400, 500), "error")
-        outcome.figures |= _idle(proxy, lambda: expect("one more than may be", ask(proxy.http, good), (503,), "too many requests at once"))
-        expect("when the others have gone", ask(proxy.http, good), (200,), "text_output")
-        expect("after all of it", ask(server.http, good), (200,), "text_output")
-    except OSError as error:
-        outcome.losses.append(f"{type(error).__name__}: {error}; the server has ended: {server.process.poll()}")
-    finally:
-        proxy.stop()
-    return outcome
-
-
-def _idle(proxy: Proxy, meanwhile: Callable[[], None]) -> dict[str, float]:
-    """As many clients as may be, none of which sends its body to the end. Returns when they were cut off."""
-    host, port = proxy.http.split(":")
-    started = time.monotonic()
-    idle = [socket.create_connection((host, int(port)), 60) for _ in range(CONNECTIONS)]
-    try:
-        for each in idle:
-            each.sendall(f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{{".encode())
-        time.sleep(0.5)
-        meanwhile()
-        for each in idle:
-            each.recv(1000)
-        return {"idle clients cut off after, seconds": round(time.monotonic() - started, 1)}
-    finally:
-        for each in idle:
-            each.close()
-
-
 def _smollm2(work: Path, requests: int, seed: int) -> Outcome:
     artifact = build(ADAPTER, str(SMOLLM2), work / "smollm2", BuildOptions(), _silent)[0]
     questions = [problem.question for problem in problems(24, test=True, seed=seed)]
@@ -236,11 +157,12 @@ def _smollm2(work: Path, requests: int, seed: int) -> Outcome:
         load.run(requests, SLOTS, {"whole": 80, "streamed": 12, "malformed": 4, "cancelled": 2, "slow": 2})
         seconds = time.monotonic() - started
         load.check({1: "it"})
+        figures = _figures(load, seconds) | _throughput(load, 24)
         losses = load.losses + _counted(server)
     finally:
         server.stop()
     outcome = Outcome("served, SmolLM2", "each request has its own answer, or a refusal with its cause", requests, losses)
-    outcome.figures = _figures(load, seconds)
+    outcome.figures = figures
     return outcome
 
 
@@ -289,6 +211,16 @@ def _figures(load: Load, seconds: float) -> dict[str, Any]:
         "milliseconds": {way: percentiles(load.seconds[way]) for way in WAYS if load.seconds[way]},
         "malformed_bodies": len(MALFORMED),
     }
+
+
+def _throughput(load: Load, requests: int) -> dict[str, Any]:
+    """Tokens a second with one client and with as many as the server works on; the median of three rounds of both, in turns."""
+    short = [key for key in load.truth.texts[next(iter(load.truth.texts))] if key[2] == max(LENGTHS) or not key[0]]
+    keys = [key for key in short if len(key[1]) < 500]
+    bodies = [load._body((*keys[n % len(keys)][:2], 32)) for n in range(requests)]
+    rounds = [{clients: throughput(load.http, bodies, clients) for clients in (1, SLOTS)} for _ in range(3)]
+    medians = {clients: statistics.median(each[clients] for each in rounds) for clients in (1, SLOTS)}
+    return {"tokens_per_second": {str(k): round(v, 1) for k, v in medians.items()}, "gain": round(medians[SLOTS] / medians[1], 2)}
 
 
 class Memory:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from .decoding import Decoder, Logits, Row
+
+ASK = 0.05  # seconds between two questions whether a client still waits; the server takes its time to say
 
 
 class Job(Protocol):
@@ -50,15 +53,18 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        stopping = False
+        stopping, asked = False, 0.0
         while not stopping or self._reading or self._answering:
             while not stopping and not (self._incoming.empty() and (self._reading or self._answering)):
                 job = self._incoming.get()
                 stopping = job is None
                 if job is not None:
                     self._reading.append(job)
-            for job in (*self._reading, *self._answering.values()):
-                self._look_after(job)
+                    self._look_after(job)  # it may have waited for long
+            if time.monotonic() > asked + ASK:
+                asked = time.monotonic()
+                for job in (*self._reading, *self._answering.values()):
+                    self._look_after(job)
             if self._reading:
                 self._read(self._reading.popleft())
             if self._answering:
