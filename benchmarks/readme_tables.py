@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 from edge_tables import edge_section
+from reliability_tables import reliability_paragraph, reliability_section
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- measured: written by `make readme-tables` -->", "<!-- end of measured -->"
@@ -68,6 +69,7 @@ def section() -> str:
         methods_rows(methods),
         bank_paragraph(bank),
         serve_paragraph(serve),
+        reliability_paragraph(),
         accuracy_paragraph(accuracy),
     ]
     head = f"| ratio to the base model (95 % interval) | decode, {past} past tokens | prefill, {prompt} tokens | {prompt} + {new} tokens |"
@@ -414,6 +416,7 @@ SECTIONS = {
     "docs/verification.md": verification_section,
     "docs/bank.md": bank_section,
     "docs/edge.md": edge_section,
+    "docs/reliability.md": reliability_section,
 }
 
 
