@@ -12,9 +12,9 @@ RESULT = Path(__file__).parent / "results" / "reliability.json"
 def reliability_section() -> str:
     """One row a promise, what this machine could not try, and what the served load delivered."""
     result = json.loads(RESULT.read_text())
-    cpu, versions = result["environment"]["cpu"], result["environment"]["versions"]
+    cpu, python = (result["environment"][key] for key in ("cpu", "python"))
     lines = [
-        f"`make campaign` in {result['seconds'] / 60:.0f} minutes on two shared cores ({cpu}, Python {versions['python']};",
+        f"`make campaign` in {result['seconds'] / 60:.0f} minutes on two shared cores ({cpu}, Python {python};",
         "[reliability.json](../benchmarks/results/reliability.json) has the counts of every row):",
         "",
         "| part | promise | tried | lost |",
