@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import Artifact, open_artifact, seal
-from flora_export.backends.triton import repository
+from flora_export.backends.triton import steps
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
 from flora_export.backends.triton.models.generation import Job, Model, Piece, RequestError, Settings, StopText, read_messages
@@ -310,7 +310,7 @@ def test_no_rollback_to_a_version_that_one_model_lacks(repo: Path) -> None:
 
 def test_both_configurations_or_none(artifact: Artifact, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second cannot be replaced: the first comes back."""
-    real = repository._replace
+    real = steps._replace
     before = snapshot(repo)
 
     def replace(source: Path, target: Path) -> None:
@@ -318,7 +318,7 @@ def test_both_configurations_or_none(artifact: Artifact, repo: Path, monkeypatch
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    monkeypatch.setattr(repository, "_replace", replace)
+    monkeypatch.setattr(steps, "_replace", replace)
     with pytest.raises(BackendError, match="No space left on device"):
         roll_back(repo, 1)
     assert snapshot(repo) == before

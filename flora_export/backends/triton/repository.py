@@ -14,12 +14,7 @@ A server that polls never sees half a version: a directory that no config.pbtxt 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +29,11 @@ from flora_export.backends.triton.config import (
     Serving,
     parse,
 )
+from flora_export.backends.triton.steps import MODELS, go_live, move_in, moving, scratch_of, version_of
 from flora_export.backends.triton.version import PROGRAM, write_version
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
-MODELS = (DECODER, GENERATE)
 GENERATES = ("genai_config.json", "tokenizer.json", "tokenizer_config.json")  # what `generate` needs of an artifact
 
 
@@ -64,14 +59,15 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
     if repo.exists() and not repo.is_dir():
         raise ArtifactError(f"{repo} is no directory, so it cannot be a model repository")
     try:
-        with _scratch(repo) as scratch:
+        with scratch_of(repo) as scratch:
             models = _models(artifact, repo)
             former = live(repo)[DECODER] if (repo / DECODER / CONFIG).exists() else None
             version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
             yield Staged(write_version(artifact, scratch, version, models, serving, former), version, models, former)
-            for model in models:
-                _move_in(scratch / model, repo / model, version)
-            _go_live(repo, models, version, scratch)
+            with moving(repo, version, scratch):
+                for model in models:
+                    move_in(scratch / model, repo / model, version)
+                go_live(repo, models, version, scratch)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
@@ -94,7 +90,7 @@ def live(repo: Path) -> dict[str, int]:
         file = repo / model / CONFIG
         if file.is_file():
             try:
-                (found[model],) = parse(file.read_text(encoding="utf-8")).version_policy.specific.versions
+                found[model] = version_of(file)
             except (ValueError, OSError) as error:
                 raise ArtifactError(f"{file} names no live version ({error}). Publish again, or roll back with --to N.") from error
     if DECODER not in found:
@@ -121,9 +117,9 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
     if not versions(repo, DECODER):
         raise ArtifactError(f"{repo} has no versions of {DECODER}: it is no model repository of ours")
     try:
-        with _scratch(repo) as scratch:
+        with scratch_of(repo) as scratch:
             if version is None:
-                former = live(repo)[DECODER]
+                former = max(live(repo).values())  # where a killed publisher left two, of the one published last
                 version = _before(repo, former)
             models = [model for model in MODELS if model == DECODER or versions(repo, model)]
             for model in models:
@@ -133,7 +129,7 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
             faults = version_faults(repo, version)
             if faults:
                 raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
-            _go_live(repo, models, version, scratch)
+            go_live(repo, models, version, scratch)
     except OSError as error:
         raise BackendError(f"{repo}: version {version} could not be made live ({error.strerror or error})") from error
     return version, former
@@ -141,7 +137,7 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
 
 def _before(repo: Path, version: int) -> int:
     """The version that was live when this one was published. Raises ArtifactError."""
-    parameters = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8")).parameters
+    parameters = parse((repo / DECODER / str(version) / CONFIG).read_text(encoding="utf-8")).parameters
     former = parameters[FORMER].string_value if FORMER in parameters else ""
     if not former.isdecimal():
         raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
@@ -205,80 +201,3 @@ def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
         if held and model not in can:
             raise ArtifactError(f"{repo} serves {model}, but the artifact has no {' or no '.join(GENERATES)}. Choose another repository.")
     return can
-
-
-def _move_in(source: Path, target: Path, version: int) -> None:
-    """A version of a model and its warm-up; nothing names them yet."""
-    if not target.exists():
-        source.rename(target)
-        return
-    if (source / "warmup").is_dir():
-        (target / "warmup").mkdir(exist_ok=True)
-        for file in (source / "warmup").iterdir():
-            file.rename(target / "warmup" / file.name)
-    (source / str(version)).rename(target / str(version))
-
-
-def _go_live(repo: Path, models: Sequence[str], version: int, scratch: Path) -> None:
-    """Replace the models' configurations by those of a version: of all models, or of none."""
-    for model in models:
-        shutil.copyfile(repo / model / str(version) / CONFIG, scratch / f"{model}.new")
-        if (repo / model / CONFIG).exists():
-            shutil.copyfile(repo / model / CONFIG, scratch / f"{model}.old")
-    done: list[str] = []
-    try:
-        for model in models:
-            _replace(scratch / f"{model}.new", repo / model / CONFIG)
-            done.append(model)
-    except BaseException as error:
-        try:
-            for model in done:
-                if (scratch / f"{model}.old").exists():
-                    _replace(scratch / f"{model}.old", repo / model / CONFIG)
-                else:
-                    (repo / model / CONFIG).unlink()
-        except OSError as second:
-            raise BackendError(
-                f"{repo}: version {version} went live for {', '.join(done)} alone ({error}), which could not be undone ({second}): "
-                "publish or roll back again"
-            ) from error
-        raise
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Rename over, once the bytes are on disk."""
-    with source.open("rb") as stream:
-        os.fsync(stream.fileno())
-    source.replace(target)
-
-
-@contextlib.contextmanager
-def _scratch(repo: Path) -> Iterator[Path]:
-    """A directory beside the repository, for one publisher at a time; what killed ones have left goes."""
-    prefix = f".{repo.name}.publishing-"
-    lock = _lock(repo)
-    try:
-        for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
-            yield Path(directory)
-    finally:
-        with contextlib.suppress(OSError):
-            repo.rmdir()  # only where it is empty: the first version did not come to be
-        os.close(lock)
-
-
-def _lock(repo: Path) -> int:
-    """The repository's directory, made where it is missing, open and locked. Whoever had the lock before may have removed it: once more."""
-    while True:
-        repo.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(repo, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(lock), os.stat(repo)):
-                    return lock
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)

@@ -1,0 +1,55 @@
+"""Temporary directories of which nothing stays, though their process is killed: the next process that makes one removes those before it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+
+class Scratch(tempfile.TemporaryDirectory[str]):
+    """A temporary directory that holds a lock on itself. Those with its prefix that nobody has locked are of killed processes, and go.
+
+    Args:
+        prefix: of its name; what is swept has the same.
+        parent: where it is made; None: where the system keeps temporary files.
+    """
+
+    def __init__(self, prefix: str, parent: Path | None = None) -> None:
+        sweep(Path(tempfile.gettempdir()) if parent is None else parent, prefix)
+        while True:  # another process may sweep it before it is locked
+            super().__init__(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                lock = os.open(self.name, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if os.path.samestat(os.fstat(lock), os.stat(self.name)):
+                        break
+                except BaseException:
+                    os.close(lock)
+                    raise
+                os.close(lock)
+            super().cleanup()
+        self._unlock = weakref.finalize(self, os.close, lock)
+
+    def cleanup(self) -> None:
+        """Remove it, then let go of its lock."""
+        super().cleanup()
+        self._unlock()
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the directories with that prefix whose lock is free."""
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
