@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from flora_export.bank import BASE, Bank
 from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
@@ -170,8 +172,8 @@ def writing(output: Path) -> Iterator[None]:
     """Around what writes into a staged directory: a full disk becomes a BackendError."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise BackendError(f"{output}: could not be written ({reason}). What was there is as it was; make room and build again.") from error
 
 

@@ -7,8 +7,11 @@ import fcntl
 import glob
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -23,7 +26,8 @@ class Scratch(tempfile.TemporaryDirectory[str]):
     def __init__(self, prefix: str, parent: Path | None = None) -> None:
         sweep(Path(tempfile.gettempdir()) if parent is None else parent, prefix)
         while True:  # another process may sweep it before it is locked
-            super().__init__(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+            with undisturbed():
+                super().__init__(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
             with contextlib.suppress(FileNotFoundError):
                 lock = os.open(self.name, os.O_RDONLY)
                 try:
@@ -38,9 +42,27 @@ class Scratch(tempfile.TemporaryDirectory[str]):
         self._unlock = weakref.finalize(self, os.close, lock)
 
     def cleanup(self) -> None:
-        """Remove it, then let go of its lock."""
-        super().cleanup()
-        self._unlock()
+        """Remove it, then let go of its lock; a signal that stops the process waits for that."""
+        with undisturbed():
+            super().cleanup()
+            self._unlock()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended. Python handles them in its main thread alone."""
+    came: list[int] = []
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    former = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def sweep(parent: Path, prefix: str) -> None:

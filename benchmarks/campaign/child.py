@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -86,11 +87,17 @@ def memory(events: Events, *, megabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def user(events: Events, *, number: int = 65534) -> None:
-    """Another user, whom permissions bind."""
-    os.setgroups([])
-    os.setgid(number)
-    os.setuid(number)
+def unprivileged(events: Events) -> None:
+    """Bound by the permissions of files, though it is root: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    if os.getuid():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    sets[0] &= ~0b110  # effective, of the lower 32: bits 1 and 2
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def clock(events: Events, *, seconds: float) -> None:
@@ -100,7 +107,20 @@ def clock(events: Events, *, seconds: float) -> None:
     time.time_ns = lambda: now_ns() + int(seconds * 10**9)
 
 
-SETUPS: dict[str, Callable[..., None]] = {each.__name__: each for each in (signal_at_event, file_size, memory, user, clock)}
+def closed_pipe(events: Events) -> None:
+    """Whoever reads stdout has gone, as `head -1` has."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+
+
+def full_device(events: Events) -> None:
+    """Stdout is a file on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+_SETUPS = (signal_at_event, file_size, memory, unprivileged, clock, closed_pipe, full_device)
+SETUPS: dict[str, Callable[..., None]] = {each.__name__: each for each in _SETUPS}
 
 
 def become(run: Run, log: Path) -> NoReturn:
@@ -108,6 +128,8 @@ def become(run: Run, log: Path) -> NoReturn:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for descriptor, name in ((1, "out"), (2, "err")):
             file = os.open(log / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(file, descriptor)

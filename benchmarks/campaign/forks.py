@@ -165,7 +165,7 @@ def warm() -> None:
     for name in WARM:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    for name in ("pipeline", "publish", "refill", "rebuild", "convert", "quantized_base", "bench", "generate", "verify.formats"):
+    for name in ("pipeline", "publish", "refill", "rebuild", "convert", "quantized_base", "bench", "generate", "verify.formats", "cli"):
         importlib.import_module(f"flora_export.{name}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  # lazy until they are named
 

@@ -12,6 +12,7 @@ import os
 import queue
 import random
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.campaign.forks import Forks, Run
 from benchmarks.campaign.outcome import Outcome, Size
-from benchmarks.campaign.scene import Sources, do, make_sources
+from benchmarks.campaign.scene import Sources, do, make_scene
 from benchmarks.campaign.whole import (
     ABSENT,
     BETWEEN,
@@ -150,33 +151,31 @@ def _teller(operation: Operation, done: Path) -> State:
 
 def operations(forks: Forks, root: Path, size: Size) -> list[Operation]:
     """What is killed, and what it needs, made."""
-    s = make_sources(root)
-    one, two, bank, bank_repo, repo, repo2 = (root / name for name in ("out1", "out2", "bank", "bank-repo", "repo1", "repo2"))
-    do(forks, *s.build([s.one], one))
-    do(forks, *s.build([s.two], two))
-    do(forks, *s.build([s.one, s.two], bank, "--name", "first", "--name", "second", "--bank", "stack", "--slots", 3))
-    do(forks, "triton", one, repo)
-    shutil.copytree(repo, repo2)
-    do(forks, "triton", two, repo2)
-    do(forks, "triton", bank, bank_repo)
+    scene = make_scene(forks, root)
+    s = scene.sources
     name = ["--name", "second", "--base", s.base]
+
+    def back(at: Path) -> list[object]:
+        """A rollback that is done cannot be repeated: there is none before the first version."""
+        return ["triton", at, "--to", 1]
+
     short = [
-        Operation("build", None, lambda out: s.build([s.one], out, "--no-verify"), 110),
-        Operation("build --force", two, lambda out: s.build([s.one], out, "--no-verify", "--force"), 110),
-        Operation("publish a first version", None, lambda repo: ["triton", one, repo], 120, repository=True),
-        Operation("publish", repo, lambda to: ["triton", two, to], 120, repository=True),
-        Operation("roll back", repo2, lambda at: ["triton", at, "--rollback"], 100, lambda at: ["triton", at, "--to", 1], repository=True),
-        Operation("set-adapter", bank, lambda out: ["set-adapter", out, s.three, *name], 100),
-        Operation("publish-adapter", bank_repo, lambda to: ["publish-adapter", to, s.three, *name], 100, repository=True),
-        Operation("convert", None, lambda out: ["convert", s.pickle, out], 40),
-        Operation("quantize-base", None, lambda out: ["quantize-base", s.base, "--precision", "int4", "--output", out], 40),
+        Operation("build", None, lambda out: s.build([s.one], out, "--no-verify"), 80),
+        Operation("build --force", scene.two, lambda out: s.build([s.one], out, "--no-verify", "--force"), 80),
+        Operation("publish a first version", None, lambda repo: ["triton", scene.one, repo], 150, repository=True),
+        Operation("publish", scene.repo, lambda to: ["triton", scene.two, to], 150, repository=True),
+        Operation("roll back", scene.repo2, lambda at: ["triton", at, "--rollback"], 160, back, repository=True),
+        Operation("set-adapter", scene.bank, lambda out: ["set-adapter", out, s.three, *name], 80),
+        Operation("publish-adapter", scene.bank_repo, lambda to: ["publish-adapter", to, s.three, *name], 80, repository=True),
+        Operation("convert", None, lambda out: ["convert", s.pickle, out], 70),
+        Operation("quantize-base", None, lambda out: ["quantize-base", s.base, "--precision", "int4", "--output", out], 70),
     ]
     if size == "short":
         return short
     return [
         *short,
-        Operation("build, verified", two, lambda out: s.build([s.one], out, "--force"), 50),
-        Operation("build --backend triton", repo, lambda to: s.build([s.two], to, "--force", backend="triton"), 50, repository=True),
+        Operation("build, verified", scene.two, lambda out: s.build([s.one], out, "--force"), 25),
+        Operation("build --backend triton", scene.repo, lambda to: s.build([s.two], to, "--force", backend="triton"), 25, repository=True),
         *_engines(forks, root, s),
     ]
 
@@ -187,11 +186,11 @@ def _engines(forks: Forks, root: Path, s: Sources) -> list[Operation]:
     if importlib.util.find_spec("onnxruntime_qnn") is not None:
         contexts = root / "contexts"
         do(forks, *s.build([s.one], contexts, "--precision", "fp16", "--no-simulate", backend="qnn"))
-        made.append(Operation("rebuild, QNN", contexts, lambda out: ["rebuild", out, "--no-simulate", "--soc-model", 60], 30))
+        made.append(Operation("rebuild, QNN", contexts, lambda out: ["rebuild", out, "--no-simulate", "--soc-model", 60], 15))
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         engine = root / "engine"
         do(forks, *s.build([s.one], engine, "--compute-capability", "8.9", backend="tensorrt"))
-        made.append(Operation("rebuild, TensorRT-RTX", engine, lambda out: ["rebuild", out, "--compute-capability", "12.0"], 30))
+        made.append(Operation("rebuild, TensorRT-RTX", engine, lambda out: ["rebuild", out, "--compute-capability", "12.0"], 15))
     return made
 
 
@@ -230,6 +229,7 @@ def run(work: Path, size: Size, seed: int) -> list[Outcome]:
                 trials.run(2 if size == "short" else operation.kills)
             finally:
                 free.put(mine)
+            print(f"  {operation.name}: {trials.tried} kills, {len(trials.broken + trials.left)} losses", file=sys.stderr, flush=True)
             return trials
 
         with ThreadPoolExecutor(len(forks)) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from benchmarks.campaign.forks import Forks
 
 @dataclass(frozen=True)
 class Sources:
-    """A base with a tokenizer, three adapters of FFBA for it, and a pickle of ResLoRA."""
+    """A base with a tokenizer, another of the same shape, three adapters of FFBA for it, and a pickle of ResLoRA."""
 
     base: Path
+    other_base: Path
     one: Path
     two: Path
     three: Path
@@ -33,7 +35,7 @@ def make_sources(root: Path) -> Sources:
 
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        base = make_speaking_base(root / "base")
+        base, other_base = make_speaking_base(root / "base"), make_speaking_base(root / "other-base", seed=1)
         adapters = [make_adapter(base, root / name, seed=seed) for seed, name in enumerate(("one", "two", "three"), 1)]
         pickle = root / "pickle"
         pickle.mkdir()
@@ -42,7 +44,34 @@ def make_sources(root: Path) -> Sources:
     (pickle / "reslora_config.json").write_text(
         '{"rank": 4, "lora_alpha": 8, "lora_num": 3, "res_flag": 2, "merge_flag": 0, "pre_num": 999}'
     )
-    return Sources(base, *adapters, pickle)
+    return Sources(base, other_base, *adapters, pickle)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is built of the sources, by commands. Nothing changes it: each trial has copies."""
+
+    sources: Sources
+    one: Path  # artifacts of an adapter each, verified
+    two: Path
+    bank: Path  # of adapters one and two, with an empty slot
+    repo: Path  # one is live
+    repo2: Path  # two is live, after one
+    bank_repo: Path
+
+
+def make_scene(forks: Forks, root: Path) -> Scene:
+    """Build it."""
+    s = make_sources(root)
+    scene = Scene(s, *(root / name for name in ("out1", "out2", "bank", "repo1", "repo2", "bank-repo")))
+    do(forks, *s.build([s.one], scene.one))
+    do(forks, *s.build([s.two], scene.two))
+    do(forks, *s.build([s.one, s.two], scene.bank, "--name", "first", "--name", "second", "--bank", "stack", "--slots", 3))
+    do(forks, "triton", scene.one, scene.repo)
+    shutil.copytree(scene.repo, scene.repo2)
+    do(forks, "triton", scene.two, scene.repo2)
+    do(forks, "triton", scene.bank, scene.bank_repo)
+    return scene
 
 
 def do(forks: Forks, *args: object, timeout: float = 300.0) -> None:

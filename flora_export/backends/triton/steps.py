@@ -10,12 +10,12 @@ import fcntl
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flora_export.backends.triton.config import CONFIG, DECODER, GENERATE, parse
 from flora_export.errors import BackendError
+from flora_export.scratch import Scratch
 
 MODELS = (DECODER, GENERATE)
 MOVING = "moving"  # in the scratch directory: the version that is moved in, and that nothing may name yet
@@ -112,7 +112,7 @@ def scratch_of(repo: Path) -> Iterator[Path]:
         for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
             _take_out(repo, left)
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
+        with Scratch(prefix, repo.parent) as directory:
             yield Path(directory)
     finally:
         with contextlib.suppress(OSError):
