@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -119,7 +120,18 @@ def full_device(events: Events) -> None:
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
-_SETUPS = (signal_at_event, file_size, memory, unprivileged, clock, closed_pipe, full_device)
+def copies(events: Events) -> None:
+    """A broken product, to see that it is found: it copies into place, file by file, where it should rename."""
+    from flora_export import artifact
+
+    def publish(directory: Path, output: Path) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.copytree(directory, output)
+
+    artifact._publish = publish
+
+
+_SETUPS = (signal_at_event, file_size, memory, unprivileged, clock, closed_pipe, full_device, copies)
 SETUPS: dict[str, Callable[..., None]] = {each.__name__: each for each in _SETUPS}
 
 

@@ -66,13 +66,14 @@ class Operation:
 class Trials:
     """An operation, killed again and again in a place of its own."""
 
-    def __init__(self, operation: Operation, forks: Forks, seed: int) -> None:
-        self.operation, self.forks, self.seed = operation, forks, seed
+    def __init__(self, operation: Operation, forks: Forks, seed: int, setups: dict[str, dict[str, Any]] | None = None) -> None:
+        """`setups`: what is done to every child before it is killed."""
+        self.operation, self.forks, self.seed, self.setups = operation, forks, seed, setups or {}
         self.place = forks.work / "place"
         self.target = self.place / operation.target
         self.cache = forks.cache
         self._clear()
-        undisturbed = forks.one(operation.args(self.target))
+        undisturbed = forks.one(operation.args(self.target), setups=self.setups)
         if undisturbed.code != 0:
             raise RuntimeError(f"{operation.name}: {undisturbed.told()}")
         self.seconds, self.events = undisturbed.seconds, undisturbed.events
@@ -109,7 +110,7 @@ class Trials:
         operation = self.operation
         what = f"{operation.name}, seed {self.seed}, trial {trial}, killed {moment}"
         self._clear()
-        killed = self.forks.one(operation.args(self.target), setups=how.setups, signal_after=how.signal_after)
+        killed = self.forks.one(operation.args(self.target), setups=self.setups | how.setups, signal_after=how.signal_after)
         self.tried += 1
         self.timed += how.signal_after is not None
         state = self.state(self.target)
