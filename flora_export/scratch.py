@@ -65,6 +65,24 @@ def undisturbed() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory that others may put another in the place of: whoever waited has that one.
+
+    Raises:
+        OSError: there is none.
+    """
+    while True:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(lock), os.stat(directory)):
+                yield
+                return
+        finally:
+            os.close(lock)
+
+
 def sweep(parent: Path, prefix: str) -> None:
     """Remove the directories with that prefix whose lock is free."""
     for left in parent.glob(f"{glob.escape(prefix)}*"):

@@ -135,8 +135,8 @@ _SETUPS = (signal_at_event, file_size, memory, unprivileged, clock, closed_pipe,
 SETUPS: dict[str, Callable[..., None]] = {each.__name__: each for each in _SETUPS}
 
 
-def become(run: Run, log: Path) -> NoReturn:
-    """Be that command, in this process, to its end."""
+def become(run: Run, log: Path, ready: int) -> NoReturn:
+    """Be that command, in this process, to its end. `ready` is closed as it begins."""
     code = 70
     try:
         os.setsid()
@@ -150,10 +150,11 @@ def become(run: Run, log: Path) -> NoReturn:
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         note = os.open(log / "events", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        time.sleep(run.start_after)
         events = Events()
         for name, options in run.setups.items():
             SETUPS[name](events, **options)
+        os.close(ready)
+        time.sleep(run.start_after)
         code = _main(run.args)
         os.write(note, str(events.count).encode())
         sys.stdout.flush()

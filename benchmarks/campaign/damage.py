@@ -15,6 +15,7 @@ from benchmarks.campaign.outcome import Outcome, Size
 from benchmarks.campaign.refusals import Tally, fresh, refusal_faults
 from benchmarks.campaign.scene import Scene
 from flora_export.artifact import MANIFEST, REPORT, changed_files, open_artifact
+from flora_export.backends.triton.config import CONFIG
 from flora_export.backends.triton.repository import check
 from flora_export.errors import FloraExportError
 
@@ -114,8 +115,8 @@ def steps(scene: Scene) -> list[Step]:
         return False
 
     def elsewhere(file: Path, damage: str) -> bool:
-        """A rollback proves the version that it makes live, not the one that it leaves; the programs of the repository name none."""
-        return file.name == REPORT or "2" in file.parts or file.name.startswith("2.")
+        """A rollback proves the version that it makes live, not the one that it leaves; and it replaces the models' configurations."""
+        return file.name in (REPORT, CONFIG) or "2" in file.parts or file.name.startswith("2.")
 
     out = {"out": scene.one}
     return [

@@ -109,17 +109,22 @@ def serve(work: Path, answers: io.TextIOBase) -> None:
 
 
 def _run_all(runs: Sequence[Run], work: Path) -> list[Ended]:
-    started = time.monotonic()
+    from benchmarks.campaign.child import become
+
     children: dict[int, tuple[int, int]] = {}  # pidfd -> (which run, pid)
+    begun, ready = os.pipe()
     for index, run in enumerate(runs):
         log = work / f"log{index}"
         log.mkdir(exist_ok=True)
         pid = os.fork()
         if not pid:
-            from benchmarks.campaign.child import become
-
-            become(run, log)  # never returns
+            become(run, log, ready)  # never returns
         children[os.pidfd_open(pid)] = (index, pid)
+    os.close(ready)
+    while os.read(begun, 1):  # each child closes it as its command begins
+        pass
+    os.close(begun)
+    started = time.monotonic()
     ended: dict[int, Ended] = {}
     signalled: set[int] = set()
     late: set[int] = set()

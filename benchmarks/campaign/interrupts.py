@@ -32,16 +32,18 @@ def interrupted(forks: Forks, scene: Scene, size: Size, seed: int) -> Outcome:
         for index in range(2 if size == "short" else 24):
             number = (signal.SIGINT, signal.SIGTERM)[index % 2]
             options: dict[str, Any] = {}
+            event = 0
             if index % 4 < 2 and whole.events:
                 event = dice.randint(1, whole.events)
                 options["setups"] = {"signal_at_event": {"event": event, "delay": 0.0, "number": int(number)}}
                 moment = f"before change {event}"
             else:
-                options |= {"signal_after": dice.uniform(0.03, whole.seconds), "signal": int(number)}
+                options |= {"signal_after": dice.uniform(0.005, whole.seconds), "signal": int(number)}
                 moment = f"after {options['signal_after']:.4f} s"
             with fresh(forks, writer.before) as trial:
                 ended = forks.one(writer.args(trial.place), **options)
-                faults = _faults(ended, SIGNALS[number], options.get("signal_after"))
+                came_late = ended.events < event if event else ended.seconds < options["signal_after"] + 0.5
+                faults = _faults(ended, SIGNALS[number], came_late)
                 if digests(trial.place) not in (trial.before, new):
                     faults += [fault for fault in trial.changed() if fault.endswith("changed")]
                 faults += [fault for fault in trial.changed() if fault.endswith("is left")]
@@ -63,9 +65,9 @@ def readers(scene: Scene) -> list[Writer]:
     ]
 
 
-def _faults(ended: Ended, code: int, after: float | None) -> list[str]:
+def _faults(ended: Ended, code: int, came_late: bool) -> list[str]:
     """What is wrong with how it ended: with that code and one line, or with 0 where the signal came as it was done."""
-    if ended.code == 0 and after is not None and ended.seconds < after + 0.5:
+    if ended.code == 0 and came_late:
         return []
     if "Traceback" in ended.err:
         return [f"a traceback, {ended.told()}"]

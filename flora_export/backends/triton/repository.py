@@ -119,8 +119,7 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
     try:
         with scratch_of(repo) as scratch:
             if version is None:
-                former = max(live(repo).values())  # where a killed publisher left two, of the one published last
-                version = _before(repo, former)
+                former, version = _before(repo)
             models = [model for model in MODELS if model == DECODER or versions(repo, model)]
             for model in models:
                 held = versions(repo, model)
@@ -135,21 +134,27 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
     return version, former
 
 
-def _before(repo: Path, version: int) -> int:
-    """The version that was live when this one was published. Raises ArtifactError."""
-    parameters = parse((repo / DECODER / str(version) / CONFIG).read_text(encoding="utf-8")).parameters
+def _before(repo: Path) -> tuple[int, int]:
+    """The live version, and the one that was live when it was published. Raises ArtifactError.
+
+    Where a killed publisher has left two live versions, the one published last counts.
+    """
+    serving = live(repo)
+    model = max(serving, key=lambda each: serving[each])
+    parameters = parse((repo / model / CONFIG).read_text(encoding="utf-8")).parameters
     former = parameters[FORMER].string_value if FORMER in parameters else ""
     if not former.isdecimal():
-        raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
-    return int(former)
+        raise ArtifactError(f"{repo}: version {serving[model]} is live, and there is none before it")
+    return serving[model], int(former)
 
 
 def check(repo: Path) -> list[str]:
     """What is wrong with a repository, a line each: configurations, live versions that differ, damaged files."""
     serving = live(repo)
     faults = []
-    if len(set(serving.values())) > 1:
-        faults.append(f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in serving.items())}): publish or roll back again")
+    known = {model: serving.get(model, "none") for model in MODELS if model in serving or versions(repo, model)}
+    if len(set(known.values())) > 1:
+        faults.append(f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in known.items())}): publish or roll back again")
     for model, version in serving.items():
         if version not in versions(repo, model):
             faults.append(f"{model}/{CONFIG} names version {version}, which is not there")

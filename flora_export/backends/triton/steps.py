@@ -45,7 +45,7 @@ def _take_out(repo: Path, scratch: Path) -> None:
         return
     version = note.read_text(encoding="utf-8")
     with contextlib.suppress(ValueError, OSError):
-        if not version or int(version) in [version_of(repo / model / CONFIG) for model in MODELS if (repo / model / CONFIG).exists()]:
+        if int(version) in [version_of(repo / model / CONFIG) for model in MODELS if (repo / model / CONFIG).is_file()]:
             return
         for directory in (repo / model for model in MODELS):
             shutil.rmtree(directory / version, ignore_errors=True)
@@ -73,7 +73,7 @@ def go_live(repo: Path, models: Sequence[str], version: int, scratch: Path) -> N
     for model in models:
         shutil.copyfile(repo / model / str(version) / CONFIG, scratch / f"{model}.new")
         _flush(scratch / f"{model}.new")
-        if (repo / model / CONFIG).exists():
+        if (repo / model / CONFIG).is_file():
             shutil.copyfile(repo / model / CONFIG, scratch / f"{model}.old")
     try:
         for model in models:  # one rename after the other, with nothing between them: a SIGKILL may fall there
