@@ -157,7 +157,7 @@ def damaged_files(forks: Forks, scene: Scene, size: Size, seed: int) -> Outcome:
         root = step.before[step.damaged]
         files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file() and path.name != "__pycache__")
         cases = [(file, damage) for file in files for damage in DAMAGES]
-        for file, damage in cases if size == "full" else dice.sample(cases, 5):
+        for file, damage in cases if size == "full" else dice.sample(cases, 2):
             with fresh(forks, step.before) as trial:
                 other = step.other / file
                 target = trial.place / step.damaged / file

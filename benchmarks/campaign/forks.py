@@ -118,7 +118,10 @@ def _run_all(runs: Sequence[Run], work: Path) -> list[Ended]:
         log.mkdir(exist_ok=True)
         pid = os.fork()
         if not pid:
-            become(run, log, ready)  # never returns
+            try:
+                become(run, log, ready)  # never returns
+            finally:
+                os._exit(71)
         children[os.pidfd_open(pid)] = (index, pid)
     os.close(ready)
     while os.read(begun, 1):  # each child closes it as its command begins

@@ -22,7 +22,8 @@ def interrupted(forks: Forks, scene: Scene, size: Size, seed: int) -> Outcome:
     """Every command, at a moment of its duration or before a change of a file. What is left is old, or new where all was done."""
     tally = Tally(PART, "Ctrl-C and SIGTERM: exit 130 and 143, one line, and nothing is left behind")
     ends: Counter[str] = Counter()
-    for writer in writers(scene)[:4] + readers(scene):
+    commands = writers(scene)[:4] + readers(scene)
+    for writer in commands[::3] if size == "short" else commands:
         with fresh(forks, writer.before) as trial:
             whole = forks.one(writer.args(trial.place))
             new = digests(trial.place)

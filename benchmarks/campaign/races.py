@@ -96,7 +96,7 @@ def at_the_same_time(forks: Forks, scene: Scene, size: Size, seed: int) -> Outco
     """Pairs of commands, started up to half a second apart."""
     tally = Tally(PART, "two commands on one place: one wins or one follows the other, and nothing is a mix")
     ends: Counter[str] = Counter()
-    for race in races(scene):
+    for race in races(scene)[:: 2 if size == "short" else 1]:
         dice = random.Random(f"{seed} {race.name}")
         for trial in range(1 if size == "short" else 12):
             with fresh(forks, race.before) as at:
@@ -121,7 +121,7 @@ def wrong_clocks(forks: Forks, scene: Scene, size: Size) -> Outcome:
     """Steps at other times: a clock ten years back or ahead, and files of 1980 or 2090. Bytes and decisions stay."""
     tally = Tally(PART, "a clock that is years off: the same bytes, the same decisions")
     s, expected = scene.sources, digests(scene.one)
-    for years in (-10, 10) if size == "short" else (-30, -10, -1, 1, 10, 60):
+    for years in (-10,) if size == "short" else (-30, -10, -1, 1, 10, 60):
         setups = {"clock": {"seconds": years * YEAR}}
         with fresh(forks, {"adapter": s.one, "base": s.base}) as trial:
             _date(trial.place, years)
