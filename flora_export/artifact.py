@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
-import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from flora_export.bank import BASE, Bank
 from flora_export.base_model import INDEX, file_sha256
 from flora_export.errors import ArtifactError, BackendError
 from flora_export.manifest import RECORDS, SCHEMA_VERSION, Manifest, checked
 from flora_export.quantization import BITS, Quantization
+from flora_export.scratch import Scratch
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -155,22 +155,16 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     _check_free(output, force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(output.parent):  # so that no other build sweeps the directory before it holds its lock
-            _sweep(output)
-            directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
-            lock = os.open(directory, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        scratch = Scratch(f".{output.name}.building-", output.parent)
+        directory = Path(scratch.name)
         directory.chmod(0o755)
     except OSError as error:
         raise ArtifactError(f"{output}: cannot be written there ({error.strerror})") from error
-    try:
+    with scratch:
         yield directory
         with writing(output):
             _check_free(output, force)  # it may have come to be there meanwhile
             _publish(directory, output)
-    finally:
-        os.close(lock)
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -178,8 +172,8 @@ def writing(output: Path) -> Iterator[None]:
     """Around what writes into a staged directory: a full disk becomes a BackendError."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise BackendError(f"{output}: could not be written ({reason}). What was there is as it was; make room and build again.") from error
 
 
@@ -210,21 +204,3 @@ def _exchange(one: Path, other: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, exchange = -100, 2
     return renameat2 is not None and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
-
-
-def _sweep(output: Path) -> None:
-    """Remove what killed builds have left; a build that still runs holds a lock on its directory."""
-    for left in output.parent.glob(f".{glob.escape(output.name)}.building-*"):
-        with contextlib.suppress(OSError), _locked(left, wait=False):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a directory's lock. Raises OSError where another process holds it and `wait` is not given."""
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)

@@ -7,7 +7,6 @@ import gc
 import os
 import shlex
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel, load_base
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.manifest import Manifest
+from flora_export.scratch import Scratch
 from flora_export.verify.arms import Arm, EagerArm, OnnxArm
 from flora_export.verify.build_arms import ARMS, BANK, BANK_ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
 from flora_export.verify.latency import BASE, Call, Samples, environment, interleaved, joined, judge_overhead, summarise
@@ -94,7 +94,7 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
     base = load_base(base_name or str(manifest.base["name"]))
     backend_of(artifact).timed(artifact, threads)  # what is wrong with it shows before anything is built
     _check(artifact, base, options)
-    with tempfile.TemporaryDirectory(prefix="flora-export-bench-") as work, ExitStack() as stack:
+    with Scratch("flora-export-bench-") as work, ExitStack() as stack:
         checkpoint = random_checkpoint(manifest, base, Path(work) / "adapter") if manifest.blocks and manifest.merge else None
         built = {}
         for index, arm in enumerate(arms):

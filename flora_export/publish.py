@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from flora_export.errors import ArtifactError, VerificationError
 from flora_export.generate import end_tokens
 from flora_export.pipeline import BuildOptions, build
 from flora_export.refill import refill
+from flora_export.scratch import Scratch
 from flora_export.verify.golden import allowed_error, recorded_prompts, replay
 from flora_export.verify.parity import VerifyOptions
 from flora_export.verify.prompts import PROMPTS
@@ -74,7 +74,7 @@ def publish_adapter(repo: Path, name: str, ckpt: Path, base_name: str | None, op
     repo = repo.resolve()
     version = live(repo)[DECODER]
     serving = read_serving(repo)
-    with tempfile.TemporaryDirectory(prefix=f".{repo.name}.artifact-", dir=repo.parent) as scratch:
+    with Scratch(f".{repo.name}.artifact-", repo.parent) as scratch:
         artifact, _ = refill(repo / DECODER / str(version), name, ckpt, base_name, Path(scratch) / "out", options, progress, force=False)
         return publish(artifact, repo, serving, progress, after=version)
 
@@ -94,7 +94,7 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
     if not options.verify:
         raise ArtifactError("--no-verify records no golden vectors, and without them no version goes live. Build and verify, then publish.")
     repo.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{repo.name}.artifact-", dir=repo.parent) as scratch:
+    with Scratch(f".{repo.name}.artifact-", repo.parent) as scratch:
         artifact, report = build(
             ckpt, base_name, Path(scratch) / "out", replace(options, backend=PUBLISHED[options.backend], force=False), progress
         )

@@ -29,6 +29,7 @@ from flora_export.manifest import LedgerEntry, Manifest
 from flora_export.methods import load_base_of
 from flora_export.methods.bank import gathered
 from flora_export.proof import check_ledger
+from flora_export.scratch import locked
 from flora_export.stacks import entry_of, fitting, layers_of, read_stacks, stacked_bank
 from flora_export.verify.golden import PROMPT_COUNT, record, recorded_prompts, replay, write_golden
 from flora_export.verify.parity import VerifyOptions, compared
@@ -46,6 +47,14 @@ def refill(
         FloraExportError: its subclasses say what failed; `output` is as it was.
     """
     checked_name(name)
+    open_artifact(path)  # it is one
+    with locked(path):  # two that set adapters at the same time do it one after the other
+        return _refill(path, name, ckpt, base_name, output, options, progress, force=force)
+
+
+def _refill(
+    path: Path, name: str, ckpt: Path, base_name: str | None, output: Path, options: VerifyOptions, progress: Progress, *, force: bool
+) -> tuple[Artifact, Report]:
     old = open_artifact(path)
     bank = stacked_bank(old)
     if faults := changed_files(old):
@@ -73,12 +82,12 @@ def refill(
             write_golden(sorted([*others, *own], key=lambda each: each.slot or 0), directory)
             artifact = seal(directory, artifact.manifest)
         report.ledger = check_ledger(artifact, gathered({slot: (name, adapter)}, bank.layout, bank.slots))
+        if open_artifact(path).manifest != old.manifest:  # by a build, which takes no lock
+            raise ArtifactError(f"{path} has changed while {name!r} was put into it, and would lose that: do it again")
         if report.causes:
             raise VerificationError(report.to_text(), report.to_dict())
         with writing(output):
             (directory / REPORT).write_text(report.to_json(), encoding="utf-8")
-        if open_artifact(path).manifest != old.manifest:
-            raise ArtifactError(f"{path} has changed while {name!r} was put into it, and would lose that: do it again")
     return Artifact(output, artifact.manifest), report
 
 

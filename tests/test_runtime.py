@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -263,12 +264,17 @@ def test_two_refills_at_once_do_not_lose_one(served: Artifact, adapters: Adapter
 
     def meanwhile(what: str, done: int, of: int) -> None:
         if what == "replaying the other adapters":
-            refill(out, "second", adapters["third"], str(base), out, VerifyOptions(), silent, force=True)
+            refill(served.path, "second", adapters["third"], str(base), out, VerifyOptions(), silent, force=True)
 
     with pytest.raises(ArtifactError, match="has changed while 'first' was put into it"):
         refill(out, "first", adapters["third"], str(base), out, VerifyOptions(), meanwhile, force=True)
     bank = open_artifact(out).manifest.bank
     assert bank is not None and bank.digests[0] != bank.digests[1]
+    with ThreadPoolExecutor(2) as pool:  # one waits for the other
+        for name in ("first", "second"):
+            pool.submit(refill, out, name, adapters["first"], str(base), out, VerifyOptions(), silent, force=True)
+    bank = open_artifact(out).manifest.bank
+    assert bank is not None and bank.digests[0] == bank.digests[1] != ""
     bare = make_bank({"first": adapters["first"]}, base, tmp_path / "bare", STACK, slots=2, verify=False)
     with pytest.raises(ArtifactError, match="was built with --no-verify"):
         refill(bare.path, "second", adapters["third"], str(base), bare.path, VerifyOptions(), silent, force=True)

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from flora_export.artifact import Artifact, open_artifact, seal
-from flora_export.backends.triton import repository
+from flora_export.backends.triton import steps
 from flora_export.backends.triton.check import config_faults
 from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
 from flora_export.backends.triton.program.generation import Job, Model, Piece, RequestError, Settings, StopText, read_messages
@@ -218,6 +218,37 @@ def test_a_publisher_that_is_killed_changes_nothing(artifact: Artifact, repo: Pa
     assert [path.name for path in repo.parent.iterdir()] == ["repo"]
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_version_that_a_killed_publisher_has_moved_in_goes(artifact: Artifact, repo: Path, tmp_path: Path, existing: bool) -> None:
+    """Nothing names it: the next publisher takes it out, and its number is free."""
+    place = repo if existing else tmp_path / "other" / "repo"
+    place.parent.mkdir(exist_ok=True)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom flora_export.artifact import open_artifact\n"
+        "from flora_export.backends.triton import repository\nfrom flora_export.backends.triton.config import Serving\n"
+        "repository.go_live = lambda *_: os.kill(os.getpid(), 9)\n"
+        "with repository.staged_version(open_artifact(Path(sys.argv[1])), Path(sys.argv[2]), Serving()): pass"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(artifact.path), str(place)], check=False, timeout=60)
+    assert killed.returncode == -9
+    expected = 3 if existing else 1
+    assert versions(place, "generate")[-1] == expected
+    assert publish(artifact, place, Serving(), silent).version == expected
+    assert versions(place, "decoder") == list(range(1, expected + 1))
+    assert [path.name for path in place.parent.iterdir()] == ["repo"]
+    assert check(place) == []
+
+
+@pytest.mark.parametrize(("decoder", "generate"), [(2, 1), (1, 2)])
+def test_a_rollback_where_a_killed_publisher_has_left_two_live_versions(repo: Path, decoder: int, generate: int) -> None:
+    for model, version in (("decoder", decoder), ("generate", generate)):
+        shutil.copyfile(repo / model / str(version) / "config.pbtxt", repo / model / "config.pbtxt")
+    assert any("live versions differ" in fault for fault in check(repo))
+    assert roll_back(repo, None).version == 1
+    assert live(repo) == {"decoder": 1, "generate": 1}
+    assert check(repo) == []
+
+
 def test_two_publishers_at_once(artifact: Artifact, repo: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda _: publish(artifact, repo, Serving(), silent).version, range(2)))
@@ -309,7 +340,7 @@ def test_no_rollback_to_a_version_that_one_model_lacks(repo: Path) -> None:
 
 def test_both_configurations_or_none(artifact: Artifact, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second cannot be replaced: the first comes back."""
-    real = repository._replace
+    real = steps._replace
     before = snapshot(repo)
 
     def replace(source: Path, target: Path) -> None:
@@ -317,15 +348,15 @@ def test_both_configurations_or_none(artifact: Artifact, repo: Path, monkeypatch
             raise OSError(28, "No space left on device")
         real(source, target)
 
-    monkeypatch.setattr(repository, "_replace", replace)
+    monkeypatch.setattr(steps, "_replace", replace)
     with pytest.raises(BackendError, match="No space left on device"):
         roll_back(repo, 1)
     assert snapshot(repo) == before
     with pytest.raises(BackendError, match="what was live still is"):
         publish(artifact, repo, Serving(), silent)
-    assert live(repo) == {"decoder": 2, "generate": 2}
+    assert snapshot(repo) == before
     monkeypatch.undo()
-    assert publish(artifact, repo, Serving(), silent).version == 4
+    assert publish(artifact, repo, Serving(), silent).version == 3
     assert check(repo) == []
 
 

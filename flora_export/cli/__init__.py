@@ -1,6 +1,7 @@
 """The command line. Click, and nothing else: each command calls one function and prints what it returns.
 
-Exit codes: 0 done and verified; 1 verification failed; 2 wrong use or bad input; 3 a backend or tool is missing or failed.
+Exit codes: 0 done and verified; 1 verification failed; 2 wrong use or bad input; 3 a backend or tool is missing or failed, the machine's
+memory or disk among them; 130 and 143 after Ctrl-C and SIGTERM; 141 where the reader of stdout has gone.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from flora_export.cli.generate import generate
 from flora_export.cli.inspect import inspect
 from flora_export.cli.quantize_base import quantize_base
 from flora_export.cli.rebuild import rebuild
+from flora_export.cli.stopping import Commands
 from flora_export.cli.triton import triton
 from flora_export.cli.verify import verify
 
 
-@click.group()
+@click.group(cls=Commands)
 @click.version_option(__version__)
 def main() -> None:
     """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flora_export.bank import LAYOUTS
+from flora_export.cli.stopping import STOPPED, Stopped, leave_stdout
 from flora_export.errors import FloraExportError
 
 if TYPE_CHECKING:
     from flora_export.methods.bank import BankOptions
 
 DIRECTORY = click.Path(path_type=Path)
+# What PyTorch, ONNX Runtime and C++'s own library say of it, in errors that have no type of their own.
+NO_MEMORY = ("bad_alloc", "allocate memory", "Failed to allocate", "out of memory")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
 base_option = click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the one that the adapter names.")
@@ -83,20 +87,40 @@ def run_command(command: Callable[[], int], as_json: bool) -> None:
         code = command()
     except FloraExportError as error:
         _fail(type(error).__name__, str(error), error.exit_code, as_json, getattr(error, "report", None))
-    except KeyboardInterrupt:
-        _fail("Interrupted", "interrupted; the output is as it was", 130, as_json)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        _fail("Interrupted", STOPPED, stopped.exit_code if isinstance(stopped, Stopped) else 130, as_json)
     except click.ClickException:
         raise
-    except Exception as error:  # a fault of ours: show where, and do not let it pass for a failed verification
-        traceback.print_exc()
+    except BrokenPipeError:
+        leave_stdout()
+        sys.exit(128 + signal.SIGPIPE)  # as everything ends whose reader has gone
+    except Exception as error:
+        if message := _of_the_machine(error):
+            _fail(type(error).__name__, message, 3, as_json)
+        traceback.print_exc()  # a fault of ours: show where, and do not let it pass for a failed verification
         _fail("InternalError", f"{type(error).__name__}: {error}. This is a bug in flora-export.", 3, as_json)
     else:
         sys.exit(code)
 
 
+def _of_the_machine(error: Exception) -> str:
+    """What to say of a file system or a memory that has refused; empty where that is not it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return f"out of memory ({text[:200] or type(error).__name__}); what was there is as it was. Free some, or take a larger machine."
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or text} (errno {error.errno}). Is it a file that may be read, and is there room?"
+    return ""
+
+
 def _fail(kind: str, message: str, code: int, as_json: bool, report: dict[str, Any] | None = None) -> None:
-    if as_json:
-        print_json({"verified": False, "error": kind, "message": message, "exit_code": code} | ({"report": report} if report else {}))
+    try:
+        if as_json:
+            print_json({"verified": False, "error": kind, "message": message, "exit_code": code} | ({"report": report} if report else {}))
+        sys.stdout.flush()
+    except OSError:  # what has failed is stdout itself
+        leave_stdout()
     click.echo(f"error: {message}", err=True)
     sys.exit(code)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from flora_export.cli.common import DIRECTORY, json_option, print_json, run_command
+from flora_export.errors import ArtifactError
 
 
 @click.command()
@@ -42,12 +43,15 @@ def generate(
         raise click.UsageError("--adapter chooses an adapter, and --without-adapter takes none: give one of the two")
 
     def run() -> int:
-        from flora_export.artifact import open_artifact
+        from flora_export.artifact import changed_files, open_artifact
         from flora_export.generate import generate as answer
 
+        artifact = open_artifact(out)
+        if faults := changed_files(artifact):
+            raise ArtifactError(f"{out} is damaged: {'; '.join(faults)}. Build it again.")
         streamed = len(prompts) == 1 and not as_json
         answers = answer(
-            open_artifact(out),
+            artifact,
             prompts,
             max_new_tokens=max_new_tokens,
             adapter=not without_adapter,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors.numpy import save_file
 from flora_export.errors import CheckpointError
 from flora_export.quantization import BLOCK_SIZES
 from flora_export.quantization.packing import Array, dequantize
+from flora_export.scratch import Scratch
 
 REMEDY = "Take the original model, and let flora-export quantize it."
 COPIED = (".json", ".jinja", ".model", ".txt")
@@ -106,9 +106,9 @@ def read_packed(path: Path, config: Mapping[str, Any], files: Mapping[str, Path]
     return packed
 
 
-def write_plain(packed: Packed, source: Path, config: Mapping[str, Any]) -> tempfile.TemporaryDirectory[str]:
+def write_plain(packed: Packed, source: Path, config: Mapping[str, Any]) -> Scratch:
     """The plain checkpoint that a quantized one stands for, in fp32, a tensor at a time. The directory lives as long as its object."""
-    directory = tempfile.TemporaryDirectory(prefix="flora-export-unpacked-")
+    directory = Scratch("flora-export-unpacked-")
     path = Path(directory.name)
     names = packed.tensors
     weight_map = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from flora_export.ledger import load_graph, write_model
 from flora_export.passes import ENTERING, lowering, passes_for, place_branches, run_passes
 from flora_export.passes.attach_detours import place_detours
 from flora_export.passes.hosts import find_hosts
+from flora_export.scratch import Scratch
 from flora_export.verify.numerics import TOLERANCES
 
 Array = npt.NDArray[np.float32]
@@ -101,7 +101,7 @@ def _stages(artifact: Artifact, base: BaseModel, checkpoint: Checkpoint) -> Iter
             run_passes(captured.model, passes[index - 1 : index])
         if 0 < index < entering:  # some of the adapter is in, and eager has nothing like it
             continue
-        with tempfile.TemporaryDirectory() as name:
+        with Scratch("flora-export-graph-") as name:
             write_model(captured.model, Path(name))
             yield (f"graph after {type(passes[index - 1]).__name__}" if index else "base graph"), index > 0, Path(name), looked_at
     yield WRITTEN, True, artifact.path, looked_at if artifact.is_ir else written  # an IR has the names of the graph

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from flora_export.backends import Golden, Progress, Runner, backend_of
 from flora_export.base_model import BaseModel
 from flora_export.checkpoint import Checkpoint
 from flora_export.proof import LedgerReport
+from flora_export.scratch import Scratch
 from flora_export.verify.coverage import LIMIT_STEPS, STEPS, Run, ask_eager, compare, expect, expect_near_limit, measure_floors
 from flora_export.verify.golden import PROMPT_COUNT, record, replay, write_golden
 from flora_export.verify.localise import block_errors, localise, observed
@@ -168,7 +168,7 @@ def base_runner(artifact: Artifact, base: BaseModel, *, exact: bool = False) -> 
     """The artifact's base model: the artifact with its branches silenced, or the base built anew where its weights are changed."""
     if not artifact.manifest.changes:
         return open_runner(artifact, adapter=False, exact=exact)
-    with tempfile.TemporaryDirectory(prefix="flora-export-base-") as name:  # the runner keeps what it needs of it
+    with Scratch("flora-export-base-") as name:  # the runner keeps what it needs of it
         return backend_of(artifact).decode_base(artifact, base, Path(name), exact=exact)
 
 

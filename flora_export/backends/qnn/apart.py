@@ -6,14 +6,15 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from flora_export.errors import BackendError
+from flora_export.scratch import Scratch
 
 HOST = Path(__file__).with_name("host.py")
 PACKAGE = "onnxruntime-qnn"
@@ -37,13 +38,13 @@ def run_apart(task: dict[str, Any], directory: Path, limit: int = LIMIT) -> dict
         BackendError: the package is missing, or QNN refuses or dies; the message has its words, and the nodes that it does not take.
     """
     installed_version()
-    with tempfile.TemporaryDirectory(prefix="flora-export-qnn-") as name:
+    with Scratch("flora-export-qnn-") as name:
         given, answer = Path(name) / "task.json", Path(name) / "answer.json"
         given.write_text(json.dumps(task), encoding="utf-8")
         try:
             ran = subprocess.run(
                 [sys.executable, str(HOST), str(given), str(answer)], cwd=directory, capture_output=True, text=True, errors="replace",
-                timeout=limit, check=False, stdin=subprocess.DEVNULL,
+                timeout=limit, check=False, stdin=subprocess.DEVNULL, env=os.environ | {"TMPDIR": name},
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise BackendError(f"QNN did not end within {limit} s. Pass --no-simulate, or a smaller --prompt-tokens") from error

@@ -11,7 +11,6 @@ have (`docs/edge.md`), so that no processor's rounding decides. Contexts without
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from flora_export.backends.qnn.apart import run_apart
 from flora_export.backends.qnn.context import task_of
 from flora_export.backends.qnn.plan import ContextPlan
 from flora_export.errors import VerificationError
+from flora_export.scratch import Scratch
 
 STEPS = 2
 SHARE = 0.1
@@ -76,7 +76,7 @@ def portable_logits(runner: Runner, prompt: Sequence[int], tokens: Sequence[int]
 
 def simulated_logits(directory: Path, plan: ContextPlan, tokens: Sequence[int]) -> Logits:
     """The same from the contexts of a directory, in the simulator. Raises BackendError where they do not run."""
-    with tempfile.TemporaryDirectory(prefix="flora-export-qnn-") as name:
+    with Scratch("flora-export-simulated-") as name:
         file = Path(name) / "logits.npy"
         run_apart(task_of(directory, plan) | {"prompt": list(plan.prompt), "tokens": list(tokens), "logits": str(file)}, directory)
         logits: Logits = np.load(file)

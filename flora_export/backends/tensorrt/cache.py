@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_export.base_model import file_sha256
+from flora_export.scratch import Scratch
 
 ENTRIES = 8  # kept; the oldest go
 
@@ -44,22 +45,19 @@ def load(key: str) -> tuple[bytes, str] | None:
 def store(key: str, engine: bytes, layers: str) -> None:
     """Keep an engine, and let go of the oldest."""
     root = cache_directory()
-    part = root / f".{key}.{os.getpid()}"
     with contextlib.suppress(OSError):
-        part.mkdir(parents=True, exist_ok=True)
-        (part / "model.engine").write_bytes(engine)
-        (part / "layers.json").write_text(json.dumps({"sha256": hashlib.sha256(engine).hexdigest(), "layers": layers}), encoding="utf-8")
-        _remove(root / key)
-        part.rename(root / key)
-        kept = sorted((entry for entry in root.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.stat().st_mtime)
-        for entry in kept[:-ENTRIES]:
-            _remove(entry)
-    with contextlib.suppress(OSError):
-        _remove(part)  # a full disk has left it
-
-
-def _remove(entry: Path) -> None:
-    for file in entry.glob("*"):
-        file.unlink(missing_ok=True)
-    if entry.is_dir():
-        entry.rmdir()
+        root.mkdir(parents=True, exist_ok=True)
+        with Scratch(".part-", root) as name:
+            part, gone = Path(name) / "new", Path(name) / "gone"
+            part.mkdir()
+            gone.mkdir()
+            (part / "model.engine").write_bytes(engine)
+            (part / "layers.json").write_text(
+                json.dumps({"sha256": hashlib.sha256(engine).hexdigest(), "layers": layers}), encoding="utf-8"
+            )
+            if (root / key).exists():  # damaged, or made by another build meanwhile
+                (root / key).rename(gone / key)
+            part.rename(root / key)
+            kept = sorted((entry for entry in root.iterdir() if not entry.name.startswith(".")), key=lambda entry: entry.stat().st_mtime)
+            for entry in kept[:-ENTRIES]:
+                entry.rename(gone / entry.name)

@@ -129,9 +129,18 @@ def _warmup(config: Any, model: Path) -> list[str]:
             elif given.input_data_file:
                 file = model / "warmup" / given.input_data_file
                 size = math.prod(given.dims) * BYTES.get(_type_name(tensor), 0)
-                if not file.is_file() or (size and file.stat().st_size != size):  # texts have no fixed size
+                if not _holds(file, size):
                     faults.append(f"model_warmup {warmup.name}: {name} wants {size or 'its'} bytes in warmup/{file.name}")
     return faults
+
+
+def _holds(file: Path, size: int) -> bool:
+    """Whether a file can be read and has that size; without a size, whether it is a text with its length before it."""
+    try:
+        content = file.read_bytes() if file.is_file() else b""
+    except OSError:
+        return False
+    return bool(content) and len(content) == (size or 4 + int.from_bytes(content[:4], "little"))
 
 
 def _type_name(tensor: Any) -> str:

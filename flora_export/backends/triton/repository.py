@@ -14,12 +14,7 @@ A server that polls never sees half a version: a directory that no config.pbtxt 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +30,11 @@ from flora_export.backends.triton.config import (
     Serving,
     parse,
 )
+from flora_export.backends.triton.steps import MODELS, go_live, move_in, moving, scratch_of, version_of
 from flora_export.backends.triton.version import write_version
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
-MODELS = (DECODER, GENERATE)
 GENERATES = ("genai_config.json", "tokenizer.json", "tokenizer_config.json")  # what `generate` needs of an artifact
 
 
@@ -65,14 +60,15 @@ def staged_version(artifact: Artifact, repo: Path, serving: Serving) -> Iterator
     if repo.exists() and not repo.is_dir():
         raise ArtifactError(f"{repo} is no directory, so it cannot be a model repository")
     try:
-        with _scratch(repo) as scratch:
+        with scratch_of(repo) as scratch:
             models = _models(artifact, repo)
             former = live(repo)[DECODER] if (repo / DECODER / CONFIG).exists() else None
             version = max(versions(repo, DECODER) + versions(repo, GENERATE), default=0) + 1
             yield Staged(write_version(artifact, scratch, version, models, serving, former), version, models, former)
-            for model in models:
-                _move_in(scratch / model, repo / model, version)
-            _go_live(repo, models, version, scratch)
+            with moving(repo, version, scratch):
+                for model in models:
+                    move_in(scratch / model, repo / model, version)
+                go_live(repo, models, version, scratch)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
@@ -95,7 +91,7 @@ def live(repo: Path) -> dict[str, int]:
         file = repo / model / CONFIG
         if file.is_file():
             try:
-                (found[model],) = parse(file.read_text(encoding="utf-8")).version_policy.specific.versions
+                found[model] = version_of(file)
             except (ValueError, OSError) as error:
                 raise ArtifactError(f"{file} names no live version ({error}). Publish again, or roll back with --to N.") from error
     if DECODER not in found:
@@ -122,10 +118,9 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
     if not versions(repo, DECODER):
         raise ArtifactError(f"{repo} has no versions of {DECODER}: it is no model repository of ours")
     try:
-        with _scratch(repo) as scratch:
+        with scratch_of(repo) as scratch:
             if version is None:
-                former = live(repo)[DECODER]
-                version = _before(repo, former)
+                former, version = _before(repo)
             models = [model for model in MODELS if model == DECODER or versions(repo, model)]
             for model in models:
                 held = versions(repo, model)
@@ -134,27 +129,33 @@ def make_live(repo: Path, version: int | None) -> tuple[int, int | None]:
             faults = version_faults(repo, version)
             if faults:
                 raise ArtifactError(f"{repo}: version {version} cannot go live: {'; '.join(faults)}")
-            _go_live(repo, models, version, scratch)
+            go_live(repo, models, version, scratch)
     except OSError as error:
         raise BackendError(f"{repo}: version {version} could not be made live ({error.strerror or error})") from error
     return version, former
 
 
-def _before(repo: Path, version: int) -> int:
-    """The version that was live when this one was published. Raises ArtifactError."""
-    parameters = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8")).parameters
+def _before(repo: Path) -> tuple[int, int]:
+    """The live version, and the one that was live when it was published. Raises ArtifactError.
+
+    Where a killed publisher has left two live versions, the one published last counts.
+    """
+    serving = live(repo)
+    model = max(serving, key=lambda each: serving[each])
+    parameters = parse((repo / model / CONFIG).read_text(encoding="utf-8")).parameters
     former = parameters[FORMER].string_value if FORMER in parameters else ""
     if not former.isdecimal():
-        raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
-    return int(former)
+        raise ArtifactError(f"{repo}: version {serving[model]} is live, and there is none before it")
+    return serving[model], int(former)
 
 
 def check(repo: Path) -> list[str]:
     """What is wrong with a repository, a line each: configurations, live versions that differ, damaged files."""
     serving = live(repo)
     faults = []
-    if len(set(serving.values())) > 1:
-        faults.append(f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in serving.items())}): publish or roll back again")
+    known = {model: serving.get(model, "none") for model in MODELS if model in serving or versions(repo, model)}
+    if len(set(known.values())) > 1:
+        faults.append(f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in known.items())}): publish or roll back again")
     for model, version in serving.items():
         if version not in versions(repo, model):
             faults.append(f"{model}/{CONFIG} names version {version}, which is not there")
@@ -206,80 +207,3 @@ def _models(artifact: Artifact, repo: Path) -> tuple[str, ...]:
         if held and model not in can:
             raise ArtifactError(f"{repo} serves {model}, but the artifact has no {' or no '.join(GENERATES)}. Choose another repository.")
     return can
-
-
-def _move_in(source: Path, target: Path, version: int) -> None:
-    """A version of a model and its warm-up; nothing names them yet."""
-    if not target.exists():
-        source.rename(target)
-        return
-    if (source / "warmup").is_dir():
-        (target / "warmup").mkdir(exist_ok=True)
-        for file in (source / "warmup").iterdir():
-            file.rename(target / "warmup" / file.name)
-    (source / str(version)).rename(target / str(version))
-
-
-def _go_live(repo: Path, models: Sequence[str], version: int, scratch: Path) -> None:
-    """Replace the models' configurations by those of a version: of all models, or of none."""
-    for model in models:
-        shutil.copyfile(repo / model / str(version) / CONFIG, scratch / f"{model}.new")
-        if (repo / model / CONFIG).exists():
-            shutil.copyfile(repo / model / CONFIG, scratch / f"{model}.old")
-    done: list[str] = []
-    try:
-        for model in models:
-            _replace(scratch / f"{model}.new", repo / model / CONFIG)
-            done.append(model)
-    except BaseException as error:
-        try:
-            for model in done:
-                if (scratch / f"{model}.old").exists():
-                    _replace(scratch / f"{model}.old", repo / model / CONFIG)
-                else:
-                    (repo / model / CONFIG).unlink()
-        except OSError as second:
-            raise BackendError(
-                f"{repo}: version {version} went live for {', '.join(done)} alone ({error}), which could not be undone ({second}): "
-                "publish or roll back again"
-            ) from error
-        raise
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Rename over, once the bytes are on disk."""
-    with source.open("rb") as stream:
-        os.fsync(stream.fileno())
-    source.replace(target)
-
-
-@contextlib.contextmanager
-def _scratch(repo: Path) -> Iterator[Path]:
-    """A directory beside the repository, for one publisher at a time; what killed ones have left goes."""
-    prefix = f".{repo.name}.publishing-"
-    lock = _lock(repo)
-    try:
-        for left in repo.parent.glob(f"{glob.escape(prefix)}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=repo.parent) as directory:
-            yield Path(directory)
-    finally:
-        with contextlib.suppress(OSError):
-            repo.rmdir()  # only where it is empty: the first version did not come to be
-        os.close(lock)
-
-
-def _lock(repo: Path) -> int:
-    """The repository's directory, made where it is missing, open and locked. Whoever had the lock before may have removed it: once more."""
-    while True:
-        repo.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(repo, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if os.path.samestat(os.fstat(lock), os.stat(repo)):
-                    return lock
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)

@@ -1,0 +1,108 @@
+"""Signals, outputs that nobody reads, and a machine that refuses: an exit code, one line, never a traceback."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors import SafetensorError
+
+from flora_export import quantized_base
+from flora_export.artifact import staged, writing
+from flora_export.cli import main
+from flora_export.errors import BackendError
+from flora_export.pipeline import BuildOptions, build
+from tests.conftest import silent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flora_export.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def quantize(monkeypatch: pytest.MonkeyPatch, base: Path, out: Path, act: Callable[[], None], *more: str) -> tuple[int, str, str]:
+    """`quantize-base`, with something that happens as it begins to write."""
+
+    def write_shards(directory: Path, planned: object) -> None:
+        (directory / "half").touch()
+        act()
+
+    monkeypatch.setattr(quantized_base, "write_shards", write_shards)
+    done = CliRunner().invoke(main, ["quantize-base", str(base), "--precision", "int4", "--output", str(out), *more])
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(number: signal.Signals, code: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    ended, _, said = quantize(monkeypatch, base, tmp_path / "out", lambda: signal.raise_signal(number))
+    assert (ended, said) == (code, "error: interrupted; the output is as it was, or whole and new\n")
+    assert list(tmp_path.iterdir()) == []
+    ended, told, _ = quantize(monkeypatch, base, tmp_path / "out", lambda: signal.raise_signal(number), "--json")
+    assert json.loads(told)["exit_code"] == ended == code
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory (MemoryError)"),
+        (RuntimeError("std::bad_alloc"), "out of memory (std::bad_alloc)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried"), "can't allocate memory: you tried"),
+    ],
+)
+def test_no_memory(error: Exception, message: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    code, _, said = quantize(monkeypatch, base, tmp_path / "out", fail)
+    assert code == 3 and message in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_may_not_be_read(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "model.onnx")
+
+    monkeypatch.setattr(quantized_base, "load_base", fail)
+    done = CliRunner().invoke(main, ["quantize-base", str(base), "--precision", "int4", "--output", "out"])
+    assert done.exit_code == 3 and done.stderr.startswith("error: model.onnx: Permission denied") and done.stderr.count("\n") == 1
+
+
+def test_a_full_disk_that_safetensors_meets(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"No space left.*make room"), staged(tmp_path / "out", force=False), writing(tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_reader_that_has_gone(adapter: Path) -> None:
+    reading, writing_ = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "flora_export.cli", "inspect", str(adapter)]
+    ended = subprocess.run(command, stdout=writing_, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writing_)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["--help"]])
+def test_an_output_on_a_full_disk(arguments: list[str], adapter: Path) -> None:
+    command = [sys.executable, "-m", "flora_export.cli", *arguments, *([str(adapter)] if "inspect" in arguments else [])]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert ended.returncode == 3 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+def test_a_damaged_artifact_answers_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    build(adapter, str(base), tmp_path / "out", BuildOptions(verify=False), silent)
+    with (tmp_path / "out" / "model.onnx.data").open("r+b") as stream:
+        stream.write(b"\1\2\3\4")
+    ended = run("generate", tmp_path / "out", "hi")
+    assert ended.returncode == 2 and "is damaged: model.onnx.data is not the file that was built" in ended.stderr
