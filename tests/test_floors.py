@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "flora_export"
 FLOORS = {
     "flora_export": 0,
     "flora_export.errors": 0,
+    "flora_export.bounded": 1,
     "flora_export.quantization": 1,
     "flora_export.branch": 2,
     "flora_export.bank": 2,
