@@ -65,7 +65,16 @@ def test_planted_defects_are_reported(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_a_loss(tmp_path: Path) -> None:
     """The job names a target that there is not."""
-    job = {"targets": ["nothing"], "engine": "replay", "runs": 1, "seconds": 5, "seed": 0, "corpus": "", "lost": str(tmp_path)}
+    job = {
+        "targets": ["nothing"],
+        "engine": "random",
+        "runs": 1,
+        "examples": 1,
+        "seconds": 5,
+        "seed": 0,
+        "corpus": "",
+        "lost": str(tmp_path),
+    }
     figures, losses = hostile.fuzz(tmp_path / "job", job)
     assert figures == {}
     assert "the process ended with 1 (KeyError: 'nothing')" in losses[0]

@@ -1,9 +1,10 @@
 """Fuzzes targets in a process of its own, which may die: `python -m benchmarks.campaign.fuzz JOB`, a JSON file.
 
-    {"targets": [...], "engine": "mutator", "runs": 1000, "seconds": 60, "seed": 0, "work": DIR, "corpus": DIR, "lost": DIR, "report": FILE}
+    {"targets": [...], "engine": "random", "runs": 1000, "examples": 100, "seconds": 60, "seed": 0,
+     "work": DIR, "corpus": DIR, "lost": DIR, "report": FILE}
 
-Engines: `replay` reads the corpus; `mutator` changes seeds and corpus at random; `hypothesis` grows JSON from strategies; `atheris` lets
-libFuzzer choose by the coverage of flora_export, one target a process; `keep` writes the corpus. It has a folder for each target.
+Engines: `random` reads the corpus, lets hypothesis grow JSON, and changes seeds and corpus at random; `atheris` lets libFuzzer choose by the
+coverage of flora_export, one target a process; `keep` writes the corpus. It has a folder for each target.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.campaign.fuzz_guard import SECONDS, Guard, Hang, limit_memory, report_opens_of_safetensors, stay_inside
+from benchmarks.campaign.fuzz_mutate import mutate_json
 
 if TYPE_CHECKING:
     from benchmarks.campaign.fuzz_targets import Target
@@ -87,15 +89,15 @@ def corpus_of(job: dict[str, Any], target: Target) -> list[bytes]:
     return [*target.seeds, *(file.read_bytes() for file in sorted((Path(job["corpus"]) / target.name).glob("*")))]
 
 
-def replay(run: Run, job: dict[str, Any]) -> None:
-    for data in corpus_of(job, run.target):
-        run.one(data)
-
-
-def mutate(run: Run, job: dict[str, Any]) -> None:
-    """Seeds and corpus at random, changed once or more."""
+def try_at_random(run: Run, job: dict[str, Any]) -> None:
+    """The corpus as it is, JSON grown by hypothesis, and the corpus changed once or more."""
     rng, corpus = random.Random(f"{job['seed']} {run.target.name}"), corpus_of(job, run.target)
-    while run.executions < job["runs"] and time.monotonic() - run.started < job["seconds"]:
+    for data in corpus:
+        run.one(data)
+    if run.target.mutate is mutate_json:
+        hypothesize(run, job)
+    until = run.executions + job["runs"]
+    while run.executions < until and time.monotonic() - run.started < job["seconds"]:
         run.one(run.target.mutate(rng, rng.choice(corpus))[:LONGEST])
 
 
@@ -112,7 +114,7 @@ def hypothesize(run: Run, job: dict[str, Any]) -> None:
     edits = st.lists(st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=5), values), min_size=1, max_size=4)
 
     @seed(job["seed"])
-    @settings(max_examples=job["runs"], database=None, deadline=None, suppress_health_check=[*HealthCheck], phases=[Phase.generate])
+    @settings(max_examples=job["examples"], database=None, deadline=None, suppress_health_check=[*HealthCheck], phases=[Phase.generate])
     @given(st.sampled_from(range(len(seeds))), edits)
     def try_them(which: int, changes: list[tuple[list[int], Any]]) -> None:
         content = json.loads(json.dumps(seeds[which]))
@@ -189,7 +191,7 @@ def keep(run: Run, job: dict[str, Any]) -> None:
 
 
 ENGINES: dict[str, Callable[[Run, dict[str, Any]], None]] = {
-    "replay": replay, "mutator": mutate, "hypothesis": hypothesize, "atheris": cover, "keep": keep
+    "random": try_at_random, "atheris": cover, "keep": keep
 }  # fmt: skip
 
 

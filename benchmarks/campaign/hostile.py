@@ -34,7 +34,6 @@ SHARES = {
     "shards_index": 6, "golden": 16, "golden_bank": 12, "request": 40, "pbtxt": 4, "pickle": 8, "peft_config": 1,
 }  # fmt: skip
 HEAVY = ("pickle", "peft_config")
-STRUCTURED = ("adapter_config", "lora_config", "base_config", "base_index", "manifest", "manifest_bank", "request", "shards_index")
 MUTATIONS = {"short": 2_000, "full": 600_000}
 EXAMPLES = {"short": 20, "full": 4_000}  # of hypothesis, each target
 COVERED_SECONDS = 22  # of libFuzzer, each target
@@ -61,13 +60,11 @@ def in_memory(work: Path) -> Iterator[Path]:
 def fuzz_all(scratch: Path, size: Size, seed: int, outcome: Outcome) -> None:
     """Two processes at a time. What each found goes into the outcome."""
     light = [name for name in SHARES if name not in HEAVY]
-    halves = [light[::2], light[1::2]]
     total = sum(SHARES.values())
-    jobs: list[dict[str, Any]] = [{"targets": each, "engine": "replay"} for each in (light, HEAVY)]
-    jobs += [{"targets": each, "engine": "hypothesis", "runs": EXAMPLES[size]} for each in (STRUCTURED[::2], STRUCTURED[1::2])]
-    for group in [*halves, HEAVY] if size == "short" else [[name] for name in SHARES]:
+    jobs: list[dict[str, Any]] = []
+    for group in [light, HEAVY] if size == "short" else [[name] for name in SHARES]:
         runs = MUTATIONS[size] * sum(SHARES[name] for name in group) // total // len(group)
-        jobs.append({"targets": group, "engine": "mutator", "runs": runs})
+        jobs.append({"targets": group, "engine": "random", "runs": runs, "examples": EXAMPLES[size]})
     if size == "full":
         if importlib.util.find_spec("atheris") is None:
             outcome.not_tried.append(
