@@ -3,7 +3,7 @@
     {"targets": [...], "engine": "random", "runs": 1000, "examples": 100, "seconds": 60, "seed": 0,
      "work": DIR, "corpus": DIR, "lost": DIR, "report": FILE}
 
-Engines: `random` reads the corpus, lets hypothesis grow JSON, and changes seeds and corpus at random; `atheris` lets libFuzzer choose by the
+Engines: `random` reads the corpus, lets hypothesis grow JSON, and changes the corpus at random; `atheris` lets libFuzzer choose by the
 coverage of flora_export, one target a process; `keep` writes the corpus. It has a folder for each target.
 """
 

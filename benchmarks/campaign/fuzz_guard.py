@@ -42,7 +42,7 @@ class Guard:
         own = (sys.prefix, sys.base_prefix, str(Path(__file__).parent.parent.parent), "/usr/lib/python3")
         known = (
             os.path.expanduser("~/.cache/huggingface"),
-            "/proc/self/",
+            *(f"/proc/{os.getpid()}/{name}" for name in ("cgroup", "maps", "mountinfo", "mounts", "stat", "status", "task")),
             "/proc/meminfo",
             "/proc/cpuinfo",
             "/sys/",
