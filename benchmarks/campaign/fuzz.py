@@ -40,6 +40,7 @@ class Run:
     def __init__(self, target: Target, guard: Guard, job: dict[str, Any]) -> None:
         self.target, self.guard, self.job = target, guard, job
         self.executions, self.accepted, self.started = 0, 0, time.monotonic()
+        self.watched = 0.0
         self.losses: dict[str, str] = {}
         self.current = Path(job["work"]) / f"{target.name}.current"  # what a death of the process leaves behind
 
@@ -47,7 +48,8 @@ class Run:
         """Read an input. Whatever goes wrong is noted, and the next may come."""
         self.executions += 1
         self.current.write_bytes(data)
-        if self.executions % 64 == 1:
+        if time.monotonic() - self.watched > 1:
+            self.watched = time.monotonic()
             faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # of what does not even take a signal
         from benchmarks.campaign.fuzz_targets import REFUSALS
 

@@ -35,7 +35,7 @@ SHARES = {
 }  # fmt: skip
 HEAVY = ("pickle", "peft_config")
 MUTATIONS = {"short": 2_000, "full": 600_000}
-EXAMPLES = {"short": 20, "full": 4_000}  # of hypothesis, each target
+EXAMPLES = {"short": 10, "full": 500}  # of hypothesis, each target
 COVERED_SECONDS = 22  # of libFuzzer, each target
 
 
