@@ -13,7 +13,7 @@ LLAMA_CPP := $(VENV)/llama.cpp
 LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies browser-dependencies server-dependencies clean
+.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies server-dependencies clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -51,6 +51,11 @@ cpp-dependencies: $(VENV)/installed-test
 	-dpkg -s $(CPP_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(CPP_PACKAGES); }
 	-examples/cpp/get_onnxruntime.sh build/onnxruntime $(BIN)/python
 
+# What fuzzes the C++ example in the campaign; where it cannot be had, the campaign reads the corpus once, and says so.
+FUZZ_PACKAGES := clang-14 libclang-rt-14-dev
+fuzz-dependencies: cpp-dependencies
+	-dpkg -s $(FUZZ_PACKAGES) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(FUZZ_PACKAGES); }
+
 # What stands in front of a server, in tests of its recipe.
 server-dependencies:
 	-command -v nginx >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light; }
@@ -74,7 +79,7 @@ machines: $(VENV)/installed-test $(BASE)
 	$(BIN)/python benchmarks/machines.py --base $(BASE)
 
 # Every promise of docs/reliability.md, tried: kills, faults, hostile input, served load, supply chain. Under 60 minutes; fails on any loss.
-campaign: $(VENV)/installed-test $(BASE) $(SERVER) cpp-dependencies server-dependencies
+campaign: $(VENV)/installed-test $(BASE) $(SERVER) fuzz-dependencies server-dependencies
 	$(BIN)/python -m benchmarks.campaign
 
 # FFBA beside LoRA at one budget: trains, scores, times, and writes the table and the plot. Under 45 minutes on two cores.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from flora_export.bank import BASE, Bank
-from flora_export.base_model import INDEX, file_sha256
-from flora_export.errors import ArtifactError, BackendError
+from flora_export.base_model import INDEX, file_sha256, is_file_name, read_json
+from flora_export.errors import ArtifactError, BackendError, CheckpointError
 from flora_export.manifest import RECORDS, SCHEMA_VERSION, Manifest, checked
 from flora_export.quantization import BITS, Quantization
 from flora_export.scratch import Scratch
@@ -71,7 +70,7 @@ def open_artifact(path: Path) -> Artifact:
     if not file.is_file():
         raise ArtifactError(f"{path} is no artifact: it has no {MANIFEST}. Make one with `flora-export build`.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, "manifest")
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ArtifactError(f"{file}: schema version {version!r}, but this reads {SCHEMA_VERSION}. Build the artifact again.")
@@ -86,9 +85,6 @@ def open_artifact(path: Path) -> Artifact:
         quantized = manifest.quantization.bits if manifest.quantization is not None else None
         if BITS.get(manifest.precision) != quantized:
             raise ValueError(f"precision is {manifest.precision}, but it is quantized to {quantized} bits")
-        for known in manifest.files.values():
-            if not isinstance(known["sha256"], str) or not isinstance(known["bytes"], int):
-                raise ValueError(f"files has {known!r}")
         needed = weight_files(manifest.backend)
         others = ({MODEL, DATA}.union(*OTHER_WEIGHTS.values()) - needed) & manifest.files.keys()
         if others:
@@ -102,10 +98,10 @@ def open_artifact(path: Path) -> Artifact:
             and manifest.base["files"]
         ):
             raise ValueError(f"it is incomplete: {', '.join(sorted(missing)) or 'something that every artifact has is empty'}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, TypeError, KeyError, CheckpointError) as error:
         raise ArtifactError(f"{file}: not a manifest ({type(error).__name__}: {error}). Build the artifact again.") from error
     for name in manifest.files:
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise ArtifactError(f"{file}: names {name!r}, which leaves the artifact's directory")
     return Artifact(path, manifest)
 

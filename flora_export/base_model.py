@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,10 @@ HEAD = "lm_head.weight"
 MAX_LAYERS = 1000
 MIN_CONTEXT = 32  # tokens: verification needs a prompt and 16 steps
 MAX_JSON_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file: of the largest models, all files together have as much
+LONGEST_NAME = 4096  # of a directory, as the system has it
+BESIDE = (".json", ".jinja", ".model", ".txt")  # ends of the names of what stands beside the weights
+TOKENIZERS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")  # how those of a tokenizer begin
 # What is fetched of a hub repository: weights as safetensors, configuration and tokenizer. Never pickles, never code.
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
@@ -101,8 +106,8 @@ def load_base(name: str) -> BaseModel:
     Raises:
         CheckpointError: no such directory or repository, no safetensors weights, or a broken file; the message says which.
     """
-    path = Path(name).expanduser()
-    if not path.is_dir():
+    path = Path(name).expanduser() if len(name) < LONGEST_NAME else Path()
+    if not name or len(name) >= LONGEST_NAME or not path.is_dir():
         path = _from_hub(name)
     config = read_json(path / "config.json", "base model configuration")
     for key in ("hidden_size", "num_hidden_layers"):
@@ -124,8 +129,34 @@ def load_base(name: str) -> BaseModel:
         raise CheckpointError(f"{path}/config.json: vocab_size is {config.get('vocab_size')!r}, but must be a whole number")
     if (path / GENERATION).is_file():
         read_json(path / GENERATION, "generation configuration")
+    _check_beside(path)
     base = BaseModel(name, path, config, _weight_files(path))
-    return base if "quantization_config" not in config else _unpack(base)
+    if "quantization_config" in config:
+        base = _unpack(base)
+    _check_sizes(base)
+    return base
+
+
+def _check_beside(path: Path) -> None:
+    """What stands beside the weights is copied into artifacts, so a link to a file of somebody else would publish that."""
+    home = path.resolve()
+    for file in path.iterdir():
+        if file.suffix not in BESIDE:
+            continue
+        target = Path(os.path.realpath(file))
+        if file.is_symlink() and not target.is_relative_to(home) and target.parent != home.parent.parent / "blobs":  # of the hub's cache
+            raise CheckpointError(f"{file} is a link to {target}, outside of the model's directory. Put the file itself there.")
+        if file.name.startswith(TOKENIZERS) and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that any tokenizer needs")
+
+
+def _check_sizes(base: BaseModel) -> None:
+    """Sizes in the configuration are those of matrices, so that no weight is larger than the largest that is there."""
+    largest = max((dim for shape in base.shapes.values() for dim in shape), default=0)
+    for key in ("head_dim", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        value = base.config.get(key)
+        if isinstance(value, int) and value > largest:
+            raise CheckpointError(f"{base.path}/config.json: {key} is {value}, but no weight has a side of more than {largest}")
 
 
 def _unpack(base: BaseModel) -> BaseModel:
@@ -141,8 +172,8 @@ def _unpack(base: BaseModel) -> BaseModel:
 
 
 def _from_hub(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"base model {name!r}: no such directory, and not a hub name of the form owner/name. Pass --base DIR.")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or len(name) >= LONGEST_NAME:
+        raise CheckpointError(f"base model {name[:200]!r}: no such directory, and not a hub name of the form owner/name. Pass --base DIR.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -165,10 +196,10 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         names = sorted(set(weight_map.values()))
     else:
         names = [SINGLE]
-    files = []
+    files: list[Path] = []
     for name in names:
         file = path / name
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise CheckpointError(f"{path / INDEX}: names {name!r}, which leaves the model's directory")
         if not file.is_file():
             others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
@@ -179,23 +210,35 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a stranger's text names a file of the directory that it stands in: no path, and nothing that no file can be called."""
+    return Path(name).name == name not in ("", "..") and "\0" not in name and len(name.encode("utf-8", "surrogatepass")) <= 255
+
+
 def check_safetensors(file: Path) -> None:
     """Raise CheckpointError unless the header is sound and describes exactly the bytes that follow it."""
     try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+        if MAX_HEADER_BYTES < length < file.stat().st_size:
+            raise CheckpointError(f"{file}: has a header of {length} bytes; no model's file has more than {MAX_HEADER_BYTES}")
         with safe_open(file, framework="numpy"):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}). Copy or save it again.") from error
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError where it is missing, oversized, or not an object."""
+    """Read a JSON object. Raises CheckpointError where it is missing, oversized, no object, or holds half a character."""
     if not file.is_file():
         raise CheckpointError(f"{what}: {file} is missing")
     if file.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{what}: {file} has {file.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that are read")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\u" in text:  # which can say half a character, and nobody could print that
+            json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{what}: {file} is not JSON ({error})") from error
     except OSError as error:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,12 +146,24 @@ def _lora2(file: Path, alpha: float | None) -> tuple[Tensors, dict[str, Any], in
     return kept, config, len(loaded) - len(kept)
 
 
+def _check_unpacked(file: Path) -> None:
+    """Raises ValueError: a ZIP that is larger when it is unpacked, where torch.save packs nothing."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > file.stat().st_size:
+            raise ValueError(f"it would be {size} bytes when it is unpacked")
+
+
 def _unpickled(file: Path) -> Tensors:
     """The tensors of a pickle, none of its code run. Raises CheckpointError."""
     import torch
 
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        _check_unpacked(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols that it may not know: then it refuses
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling what a stranger wrote can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else ""
         raise CheckpointError(

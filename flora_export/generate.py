@@ -8,15 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from flora_export.artifact import Artifact
 from flora_export.backends import Limits, Runner, backend_of
 from flora_export.bank import BASE_NAME
 from flora_export.base_model import GENERATION, read_json
+from flora_export.bounded import bounded
 from flora_export.errors import ArtifactError, BackendError, FloraExportError
 from flora_export.genai import GenaiTokens
-from flora_export.verify.prompts import load_tokenizer
+from flora_export.verify.prompts import encode_texts, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def generate(
     tokenizer = load_tokenizer(artifact.path)
     config = read_json(artifact.path / "config.json", "model configuration")
     context = config.get("max_position_embeddings")
-    rows = [_encode(tokenizer, prompt, chat=chat) for prompt in prompts]
+    rows = encode(tokenizer, prompts, chat=chat)
     room = (context if isinstance(context, int) else 2**31) - max(map(len, rows))
     if room < 1 or not all(rows):
         raise ArtifactError(
@@ -171,17 +172,23 @@ def _tokens(
     return source, source.decoder.runtime
 
 
-def _encode(tokenizer: object, prompt: str, *, chat: bool) -> list[int]:
-    if chat and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[attr-defined]
-        except Exception as error:  # a template is a program: it can raise nearly anything
-            raise ArtifactError(
-                f"the artifact's chat template refused the prompt ({type(error).__name__}: {error}). Give the prompt as it is with --raw."
-            ) from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
-    return list(tokenizer(prompt)["input_ids"])  # type: ignore[operator]
+def encode(tokenizer: Any, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """Prompts as token ids, with `chat` in the tokenizer's chat template where it has one. A template is a program of whoever wrote it.
+
+    Raises ArtifactError where it refuses a prompt, or takes too long or too much memory.
+    """
+    if not chat or not getattr(tokenizer, "chat_template", None):
+        return encode_texts(tokenizer, prompts)
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+
+    def render() -> list[str]:
+        return [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in conversations]
+
+    try:
+        texts = bounded(render, "the artifact's chat template")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} Give the prompt as it is with --raw.") from error
+    return encode_texts(tokenizer, texts, add_special_tokens=False)
 
 
 def end_tokens(artifact: Artifact, config: dict[str, object]) -> set[int]:

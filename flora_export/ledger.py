@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from flora_export.passes.attach import weight_name
 from flora_export.passes.attach_detours import detour_weight
 from flora_export.weights import Array, dims_of, parts_of
 
+MOST_GRAPH_BYTES = 2**31  # protobuf has no larger messages
 Progress = Callable[[int, int], None]  # (done, of)
 
 
@@ -118,8 +120,13 @@ def load_graph(artifact: Artifact) -> ir.Model:
     """The graph of an artifact, its weights still in their file. Raises ArtifactError where it cannot be read."""
     if artifact.is_ir or artifact.is_checkpoint:
         raise ArtifactError(f"{artifact.path} is for {artifact.manifest.backend}: it holds no ONNX graph")
+    for file in (artifact.model, artifact.path / DATA):  # a pipe, or a device, would never end
+        if not file.is_file() or (file == artifact.model and file.stat().st_size > MOST_GRAPH_BYTES):
+            raise ArtifactError(f"{file} is missing, or no file that a build has written. Build the artifact again.")
     try:
-        return ir.load(artifact.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it leaves out: the ledger finds what is missing
+            return ir.load(artifact.model)
     except Exception as error:  # a damaged protobuf can raise nearly anything
         raise ArtifactError(f"{artifact.model} cannot be read ({type(error).__name__}: {error}). Build the artifact again.") from error
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import json
+import sys
+import types
+import typing
 from dataclasses import dataclass, field
-from types import NoneType
 from typing import Any
 
 from flora_export.bank import Bank
@@ -132,24 +135,52 @@ _VALUES = {
     "precision": ("fp32", "fp16", "bf16", "int4", "int8"),
     "padding": ("left", "right"),
 }
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "list": (list,),
-    "dict": (dict,),
-    "Quantization | None": (Quantization, NoneType),
-    "Bank | None": (Bank, NoneType),
-    "tuple": (tuple,),
+# What is in the dictionaries that hold more than a record says: key -> type.
+_INSIDE: dict[str, dict[str, Any]] = {
+    "base": {"name": str, "files": dict[str, str]},
+    "checkpoint": {"digest": str, "config": dict[str, Any], "tensors": list[str]},
 }
+_FILE: dict[str, Any] = {"sha256": str, "bytes": int}
 
 
 def checked(record: Any) -> Any:
-    """A record read from JSON, whose fields must have the annotated types. Raises ValueError."""
-    for each in dataclasses.fields(record):
-        value, kind = getattr(record, each.name), str(each.type).split("[")[0]
-        known = value in _VALUES[each.name] if isinstance(record, Manifest) and each.name in _VALUES else True
-        if not known or not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise ValueError(f"{type(record).__name__}.{each.name} is {value!r}")
+    """A record read from JSON, whose fields, and what is in them, must have the annotated types. Raises ValueError, KeyError."""
+    for name, kind in _HINTS[type(record)].items():
+        value = getattr(record, name)
+        known = value in _VALUES[name] if isinstance(record, Manifest) and name in _VALUES else True
+        if not known or not _fits(value, kind):
+            raise ValueError(f"{type(record).__name__}.{name} is {value!r:.200}")
+    if isinstance(record, Manifest):
+        places = [(name, getattr(record, name), inside) for name, inside in _INSIDE.items()]
+        for name, given, inside in (*places, *((f"files[{name!r}]", known, _FILE) for name, known in record.files.items())):
+            for key, kind in inside.items():
+                if not _fits(given[key], kind):
+                    raise ValueError(f"Manifest.{name} has {key} {given[key]!r:.200}")
+        if record.align < 1 or record.cache_tokens < 0:
+            raise ValueError(f"Manifest has align {record.align} and cache_tokens {record.cache_tokens}")
     return record
+
+
+_HINTS = {cls: typing.get_type_hints(cls) for cls in (Manifest, Quantization, Bank, *RECORDS.values())}
+
+
+def _fits(value: Any, kind: Any) -> bool:  # noqa: PLR0911  # a line for each type
+    """Whether a value of JSON is of an annotated type. Numbers must be finite, and whole ones have 64 bits."""
+    inner = typing.get_args(kind)
+    match typing.get_origin(kind) or kind:
+        case typing.Any:
+            return True
+        case types.UnionType:
+            return any(_fits(value, each) for each in inner)
+        case builtins.dict:
+            return isinstance(value, dict) and all(_fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items())
+        case builtins.list | builtins.tuple as sequence:
+            return isinstance(value, sequence) and all(_fits(each, inner[0]) for each in value)
+        case builtins.bool:
+            return isinstance(value, bool)
+        case builtins.int:
+            return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        case builtins.float:
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # NaN is not
+        case other:
+            return isinstance(value, other)

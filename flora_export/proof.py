@@ -87,9 +87,13 @@ def _check_one(tensor: ir.TensorProtocol, entries: list[LedgerEntry], report: Le
         report.faults += [f"{entry.tensor}: {tensor.name} cannot be read ({error})" for entry in entries]
         return
     values = values.reshape(1) if values.ndim == 0 else values
+    axes = {entry.axis for entry in entries}
+    if len(axes) > 1 or not 0 <= entries[0].axis < values.ndim:
+        report.faults += [f"{entry.tensor}: is a slice of {tensor.name} along axis {entry.axis}, which cannot be" for entry in entries]
+        return
     expected = 0
     for entry in sorted(entries, key=lambda e: e.start):
-        if entry.start != expected or entry.stop <= entry.start or not 0 <= entry.axis < values.ndim or entry.axis != entries[0].axis:
+        if entry.start != expected or entry.stop <= entry.start:
             report.faults.append(
                 f"{entry.tensor}: slice [{entry.start}, {entry.stop}) of {tensor.name} does not follow the one before it, "
                 f"which ends at {expected}"

@@ -14,13 +14,13 @@ from flora_export.backends.triton.program.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
 from flora_export.base_model import read_json
 from flora_export.errors import ArtifactError, VerificationError
-from flora_export.generate import end_tokens
+from flora_export.generate import encode, end_tokens
 from flora_export.pipeline import BuildOptions, build
 from flora_export.refill import refill
 from flora_export.scratch import Scratch
 from flora_export.verify.golden import allowed_error, recorded_prompts, replay
 from flora_export.verify.parity import VerifyOptions
-from flora_export.verify.prompts import PROMPTS
+from flora_export.verify.prompts import PROMPTS, load_tokenizer
 from flora_export.verify.report import Report
 
 Progress = Callable[[str, int, int], None]
@@ -115,6 +115,7 @@ def roll_back(repo: Path, to: int | None) -> Published:
 def generation_faults(artifact: Artifact) -> list[str]:
     """Whether the artifact answers golden prompts as `generate` runs it, all of them together, and ends its answers where it should."""
     try:
+        encode(load_tokenizer(artifact.path), PROMPTS, chat=True)  # a template that does not end must not go live
         served = Model(artifact.path)
         served.encode(PROMPTS[0], None, Settings())
     except Exception as error:  # ONNX Runtime and transformers have no types of their own for what they refuse

@@ -41,5 +41,7 @@ def _initializers(artifact: Artifact) -> Tensors:
         tensor = value.const_value
         if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
             raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
+        if isinstance(tensor, ir.ExternalTensor) and tensor.length not in (None, tensor.nbytes):
+            raise ArtifactError(f"{artifact.model}: {name} has {tensor.length} bytes in {DATA}, but needs {tensor.nbytes}. Build it again.")
         found[name] = tensor
     return found

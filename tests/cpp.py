@@ -52,12 +52,12 @@ def compiler() -> str | None:
 
 
 def build_example() -> Path:
-    """The program; a second build compiles only what has changed. Fails with the compiler's words."""
+    """The program, and beside it flora-fuzz; a second build compiles only what has changed. Fails with the compiler's words."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / "lock").open("w") as lock:  # test processes run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         source = ["-S", ROOT / "examples" / "cpp", "-B", BUILD]
-        configure = ["cmake", *source, f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DONNXRUNTIME_ROOT={RUNTIME}"]
+        configure = ["cmake", *source, f"-DCMAKE_CXX_COMPILER={compiler()}", f"-DONNXRUNTIME_ROOT={RUNTIME}", "-DFLORA_FUZZ=ON"]
         machine = {name: value for name, value in os.environ.items() if name not in ("CXX", "CXXFLAGS", "LDFLAGS")}
         for command in (
             [*configure, "-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS={FLAGS}"],

@@ -16,6 +16,7 @@ FLOORS = {
     "flora_export": 0,
     "flora_export.errors": 0,
     "flora_export.scratch": 0,
+    "flora_export.bounded": 1,
     "flora_export.quantization": 1,
     "flora_export.branch": 2,
     "flora_export.bank": 2,

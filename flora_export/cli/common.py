@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DIRECTORY = click.Path(path_type=Path)
 # What PyTorch, ONNX Runtime and C++'s own library say of it, in errors that have no type of their own.
 NO_MEMORY = ("bad_alloc", "allocate memory", "Failed to allocate", "out of memory")
+LONGEST_LINE = 2000  # characters of an error
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
 base_option = click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the one that the adapter names.")
@@ -121,8 +122,19 @@ def _fail(kind: str, message: str, code: int, as_json: bool, report: dict[str, A
         sys.stdout.flush()
     except OSError:  # what has failed is stdout itself
         leave_stdout()
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message) if code == 1 else one_line(message)}", err=True)
     sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """A text that may quote what strangers wrote, without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def one_line(message: str) -> str:
+    """The same in one line, and of a length that can be read: its beginning, and its end, where the remedy stands."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 400]} [...] {line[-400:]}"
 
 
 def print_json(content: dict[str, Any]) -> None:

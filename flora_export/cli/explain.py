@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from flora_export.branch import FUSE_LEVELS
-from flora_export.cli.common import DIRECTORY, base_option, json_option, merge_option, print_json, progress, run_command
+from flora_export.cli.common import DIRECTORY, base_option, json_option, merge_option, print_json, printable, progress, run_command
 
 
 @click.command()
@@ -38,7 +38,7 @@ def explain(ckpt_or_out: Path, base: str | None, fuse: str, merge: bool, lint: b
         if as_json:
             print_json(explained.to_dict())
         else:
-            click.echo(explained.to_text())
+            click.echo(printable(explained.to_text()))
         return 1 if explained.faults else 0
 
     run_command(run, as_json)

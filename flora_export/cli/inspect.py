@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, run_command
+from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, printable, run_command
 
 
 @click.command()
@@ -23,7 +23,7 @@ def inspect(ckpt: Path, base: str | None, as_json: bool) -> None:
         if as_json:
             print_json(found.to_dict())
         else:
-            click.echo(found.to_text())
+            click.echo(printable(found.to_text()))
         return 0
 
     run_command(run, as_json)

@@ -13,6 +13,7 @@ from flora_export.cli.common import (
     json_option,
     let_threads_sleep,
     print_json,
+    printable,
     progress,
     run_command,
     vacuous_option,
@@ -81,7 +82,7 @@ def verify(
         if as_json:
             print_json(found.to_dict())
         else:
-            click.echo(found.to_text())
+            click.echo(printable(found.to_text()))
         return 0 if found.verified else 1
 
     run_command(run, as_json)

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 
-from flora_export.base_model import BaseModel, file_sha256, load_base, read_json
+from flora_export.base_model import BaseModel, check_safetensors, file_sha256, load_base, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.errors import CheckpointError
 from flora_export.methods.bank import gathered
@@ -111,6 +111,7 @@ def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Check
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each of an adapter's tensors, by name. Raises CheckpointError."""
     weights = weights_file(path)
+    check_safetensors(weights)
     try:
         with safe_open(weights, framework="numpy") as file:
             header = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a dict

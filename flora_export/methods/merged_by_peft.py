@@ -41,6 +41,8 @@ _SEED = (
 )
 _INPUT = "depends on the input, so that no weights can hold it. Serve it with PEFT"
 _PROMPT = "puts learned vectors before the prompt or into the cache and changes no weight. Serve it with PEFT"
+MOST = 2**16  # of a rank, a block, or a number of vectors
+COUNTERS = ("_step", "_seed", "_key", "tinit", "tfinal", "deltaT")  # ends of the names of what may be larger: it says how training went
 # peft_type -> why it is refused. The first words are the method's name.
 REFUSED = {
     "FOURIERFT": _SEED, "WAVEFT": _SEED, "UNILORA": _SEED,
@@ -78,11 +80,20 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
             refuse(key, f"{kind} is exported for adapted weights alone. Merge it in PEFT with merge_and_unload()")
     check_selection(file, config, "module")
     for key, value in config.items():
+        if not key.endswith(COUNTERS) and not _small(value):
+            refuse(key, f"PEFT could count to it, or make as many numbers: a whole number from -1 to {MOST} is expected")
         for name in value if key.endswith("_pattern") and isinstance(value, dict | list) else [value] if key == "layers_pattern" else ():
             if isinstance(name, str):
                 check_pattern(file, key, rf"(.*\.)?({name})$", name)
     if isinstance(config.get("feedforward_modules"), str):
         check_pattern(file, "feedforward_modules", config["feedforward_modules"], config["feedforward_modules"])
+
+
+def _small(value: object) -> bool:
+    """Whether no whole number in a value of JSON is large: some methods of PEFT search down or up from one until it divides a width."""
+    if isinstance(value, dict | list):
+        return all(map(_small, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or -1 <= value <= MOST
 
 
 def promise(path: Path, config: dict[str, Any], base: BaseModel, found: Header) -> Promise:

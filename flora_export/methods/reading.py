@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ def check_selection(file: Path, config: dict[str, Any], names: str) -> None:
 def check_pattern(file: Path, key: str, pattern: str, written: str) -> None:
     """Refuse what is no regular expression, or one that a stranger could make run for ever: repeated groups, or many repetitions."""
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+            re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: {key} has {written!r}, which is no regular expression ({error})") from error
     if len(written) > MAX_PATTERN or re.search(r"\)[*+{?]", written) or len(re.findall(r"[*+{]", written)) > MAX_REPETITIONS:

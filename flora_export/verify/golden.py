@@ -89,7 +89,9 @@ def recorded_prompts(artifact: Artifact) -> list[Recorded]:
         ]
     except (SafetensorError, KeyError, OSError) as error:
         raise ArtifactError(f"{file} is damaged ({error}). Build the artifact again.") from error
-    vocabulary = artifact.manifest.outputs[0].shape[-1]
+    vocabulary = (artifact.manifest.outputs[0].shape or [""])[-1]
+    if not isinstance(vocabulary, int):
+        raise ArtifactError(f"{artifact.path}: its manifest does not say how many logits the graph gives. Build the artifact again.")
     sound = [
         each.ids.ndim == each.tokens.ndim == 1 and len(each.ids) and len(each.tokens)
         and each.logits.shape == (len(each.tokens), vocabulary)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flora_export.artifact import Artifact
-from flora_export.base_model import BaseModel
-from flora_export.errors import ArtifactError
+from flora_export.base_model import BaseModel, read_json
+from flora_export.bounded import SECONDS, bounded
+from flora_export.errors import ArtifactError, CheckpointError
 
 PROMPTS = (
     "Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?",
@@ -21,6 +23,10 @@ PROMPTS = (
 
 
 MAX_FILE_BYTES = 2**20
+CHARACTERS_PER_SECOND = 100_000  # that any tokenizer reads
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MOST_WORDS, MOST_ADDED = 2**19, 2**14  # Gemma 3 has 2^18 words, and 6,415 added tokens
+ADDED = ("added_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 
 
 def encode_prompts(path: Path, vocabulary: int, longest: int, file: Path | None = None) -> tuple[list[list[int]], str]:
@@ -37,7 +43,7 @@ def encode_prompts(path: Path, vocabulary: int, longest: int, file: Path | None 
         texts, source = _read_prompts(file), f"prompts of {file.name}"
     if _has_tokenizer(path):
         tokenizer = load_tokenizer(path)
-        rows = [tokenizer(text)["input_ids"][:longest] for text in texts]
+        rows = [row[:longest] for row in encode_texts(tokenizer, texts)]
         if not all(rows) or max(map(max, rows)) >= vocabulary:
             raise ArtifactError(f"{path}: its tokenizer gives no tokens, or tokens beyond the model's vocabulary of {vocabulary}")
         return rows, source
@@ -66,15 +72,35 @@ def tokenizer_faults(artifact: Artifact, base: BaseModel) -> list[str]:
     if not _has_tokenizer(artifact.path):
         return [f"the base model has a tokenizer, but {artifact.path.name} has none"] if _has_tokenizer(base.path) else []
     ours, theirs = load_tokenizer(artifact.path), load_tokenizer(base.path)
-    return [
-        f"the artifact's tokenizer encodes {p[:30]!r} unlike the base model's"
-        for p in PROMPTS
-        if ours(p)["input_ids"] != theirs(p)["input_ids"]
-    ]
+    pairs = zip(PROMPTS, encode_texts(ours, PROMPTS), encode_texts(theirs, PROMPTS), strict=True)
+    return [f"the artifact's tokenizer encodes {p[:30]!r} unlike the base model's" for p, one, other in pairs if one != other]
 
 
 def _has_tokenizer(path: Path) -> bool:
     return (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """Texts as token ids. Raises ArtifactError where a tokenizer's patterns take too long or too much memory."""
+    seconds = SECONDS + sum(map(len, texts)) / CHARACTERS_PER_SECOND
+    rows: list[list[int]] = bounded(lambda: [list(tokenizer(text, **options)["input_ids"]) for text in texts], "the tokenizer", seconds)
+    return rows
+
+
+def _check_size(path: Path) -> None:
+    """Raises ArtifactError: a file of the tokenizer is no JSON, or has more in it than any tokenizer needs and can be loaded in time."""
+    for name in TOKENIZER_FILES:
+        if not (path / name).exists():
+            continue
+        try:
+            content = read_json(path / name, "tokenizer")
+        except CheckpointError as error:
+            raise ArtifactError(str(error)) from error
+        model = content.get("model")
+        words = len(vocabulary) if isinstance(model, dict) and isinstance(vocabulary := model.get("vocab"), dict | list) else 0
+        added = sum(len(each) for key in ADDED if isinstance(each := content.get(key), dict | list))
+        if words > MOST_WORDS or added > MOST_ADDED:
+            raise ArtifactError(f"{path / name}: {words} words and {added} added tokens; at most {MOST_WORDS} and {MOST_ADDED} are read")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -83,6 +109,7 @@ def load_tokenizer(path: Path) -> Any:
 
     if not _has_tokenizer(path):
         raise ArtifactError(f"{path} has no tokenizer")
+    _check_size(path)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it remarks on the class name that ONNX Runtime GenAI wants
     try:

@@ -144,5 +144,5 @@ def _holds(file: Path, size: int) -> bool:
 
 
 def _type_name(tensor: Any) -> str:
-    name: str = tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name
-    return name
+    known = tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+    return str(known[tensor.data_type].name) if tensor.data_type in known else str(tensor.data_type)  # a file may have any number
