@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import select
@@ -15,7 +16,8 @@ from typing import Any
 
 from flora_export.errors import ArtifactError
 
-SECONDS = 4.0
+SECONDS = 4.0  # of the processor
+PATIENCE = 10  # times as long by the clock: a busy machine gives a process less than a core
 ROOM = 2**30  # bytes that the work may take beside what the process has
 
 
@@ -23,7 +25,7 @@ def bounded(work: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any
     """What `work` returns, which must be JSON. It runs in a fork of this process, so that nothing that it changes stays.
 
     Raises:
-        ArtifactError: it raised, it was not done after `seconds`, or it wanted more than ROOM. The message begins with `what`.
+        ArtifactError: it raised, it was not done after `seconds` of computing, or it wanted more than ROOM. The message begins with `what`.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings():
@@ -33,12 +35,12 @@ def bounded(work: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any
         _answer(work, writing, seconds)
     os.close(writing)
     try:
-        answer = _read(reading, time.monotonic() + seconds)
+        answer = _read(reading, time.monotonic() + seconds * PATIENCE)
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-    if answer is None:
+    if answer is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         raise ArtifactError(f"{what} was not done after {seconds:g} s. Does it end?")
     try:
         kind, value = json.loads(answer)
@@ -67,7 +69,7 @@ def _answer(work: Callable[[], Any], pipe: int, seconds: float) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
         limit = pages * resource.getpagesize() + ROOM if pages else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 1))
         try:
             answer: list[Any] = ["", work()]
         except Exception as error:
