@@ -92,6 +92,8 @@ def repository_state(old: dict[str, Digests] | None, new: dict[str, Digests]) ->
 
 def _which(repo: Path, model: str, version: int, old: dict[str, Digests] | None, new: dict[str, Digests]) -> str:
     directory = repo / model / str(version)
+    if not (directory / CONFIG).is_file():
+        return f"{model}/{version} has no {CONFIG}"
     if (repo / model / CONFIG).read_bytes() != (directory / CONFIG).read_bytes():
         return f"{model}/{CONFIG} is not that of version {version}"
     there = _version(directory)
