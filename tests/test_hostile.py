@@ -86,7 +86,6 @@ def test_so_are_its_records(tmp_path: Path, record: str, changes: dict[str, Any]
         open_artifact(out)
 
 
-@pytest.mark.parametrize("axis", [10**12, 2, -1])
 def test_a_message_is_not_as_long_as_the_file(tmp_path: Path) -> None:
     out = seeds.write_artifact(tmp_path / "out").path
     edit(out / MANIFEST, bank={"layout": "stack", "names": ["a"] * 10_000, "digests": []})
@@ -95,6 +94,7 @@ def test_a_message_is_not_as_long_as_the_file(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 2000
 
 
+@pytest.mark.parametrize("axis", [10**12, 2, -1])
 def test_an_axis_that_cannot_be(tmp_path: Path, axis: int) -> None:
     """10^12 of anything in a tuple are terabytes."""
     out = seeds.write_artifact(tmp_path / "out").path
