@@ -99,7 +99,7 @@ def open_artifact(path: Path) -> Artifact:
         ):
             raise ValueError(f"it is incomplete: {', '.join(sorted(missing)) or 'something that every artifact has is empty'}")
     except (ValueError, TypeError, KeyError, CheckpointError) as error:
-        raise ArtifactError(f"{file}: not a manifest ({type(error).__name__}: {error}). Build the artifact again.") from error
+        raise ArtifactError(f"{file}: not a manifest ({type(error).__name__}: {error!s:.1000}). Build the artifact again.") from error
     for name in manifest.files:
         if not is_file_name(name):
             raise ArtifactError(f"{file}: names {name!r}, which leaves the artifact's directory")

@@ -41,7 +41,15 @@ def _initializers(artifact: Artifact) -> Tensors:
         tensor = value.const_value
         if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
             raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
-        if isinstance(tensor, ir.ExternalTensor) and tensor.length not in (None, tensor.nbytes):
+        if isinstance(tensor, ir.ExternalTensor) and tensor.length not in (None, _needed(artifact, tensor)):
             raise ArtifactError(f"{artifact.model}: {name} has {tensor.length} bytes in {DATA}, but needs {tensor.nbytes}. Build it again.")
         found[name] = tensor
     return found
+
+
+def _needed(artifact: Artifact, tensor: ir.ExternalTensor) -> int:
+    """How many bytes a tensor's type and shape take. Raises ArtifactError: its type has none, such as texts."""
+    try:
+        return tensor.nbytes
+    except TypeError as error:
+        raise ArtifactError(f"{artifact.model}: {tensor.name} is no array of numbers ({error}). Build it again.") from error

@@ -86,6 +86,14 @@ def test_so_are_its_records(tmp_path: Path, record: str, changes: dict[str, Any]
         open_artifact(out)
 
 
+def test_a_message_is_not_as_long_as_the_file(tmp_path: Path) -> None:
+    out = seeds.write_artifact(tmp_path / "out").path
+    edit(out / MANIFEST, bank={"layout": "stack", "names": ["a"] * 10_000, "digests": []})
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(out)
+    assert len(str(caught.value)) < 2000
+
+
 @pytest.mark.parametrize("axis", [10**12, 2, -1])
 def test_an_axis_that_cannot_be(tmp_path: Path, axis: int) -> None:
     """10^12 of anything in a tuple are terabytes."""
@@ -121,6 +129,17 @@ def test_a_weight_of_another_length(tmp_path: Path, length: str) -> None:
     next(entry for entry in model.graph.initializer[0].external_data if entry.key == "length").value = length
     artifact.model.write_bytes(model.SerializeToString())
     with pytest.raises(ArtifactError, match=f"w has {length} bytes in .*, but needs 64"):
+        read_written(artifact)
+
+
+def test_a_weight_that_is_text(tmp_path: Path) -> None:
+    import onnx
+
+    artifact = seeds.write_artifact(tmp_path / "out")
+    model = onnx.load(artifact.model, load_external_data=False)
+    model.graph.initializer[0].data_type = onnx.TensorProto.STRING
+    artifact.model.write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="w is no array of numbers"):
         read_written(artifact)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -165,3 +166,25 @@ def _loss(done: subprocess.CompletedProcess[str], died: Path | None, lost: Path)
     lost.mkdir(parents=True, exist_ok=True)
     kept = shutil.copyfile(died, lost / f"cpp-{died.name}")
     return f"it ended with {done.returncode}: {' '.join(words)[:300]} ({kept})"
+
+
+def keep_corpus(seconds: int, longest: int = 1024) -> None:
+    """Make tests/corpus/cpp anew: what libFuzzer finds in some seconds beyond Python's corpora, the fewest small files for its coverage."""
+    program, kept = build_fuzzer(), CORPUS / "cpp"
+    assert isinstance(program, Path), program
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+        homes = [sound_files(Path(scratch) / name) for name in ("home", "again")]
+        inputs(Path(scratch) / "known", homes[0])
+        (Path(scratch) / "found").mkdir()
+        limits = [f"-max_total_time={seconds}", f"-max_len={longest}"]
+        _run([str(program), *limits, f"{scratch}/found", f"{scratch}/known"], homes[0], seconds + 60)
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(Path(scratch) / "known", kept)
+        known = {file.name for file in kept.iterdir()}
+        _run([str(program), "-merge=1", str(kept), f"{scratch}/found"], homes[1], 300)
+        for name in known:
+            (kept / name).unlink()
+
+
+if __name__ == "__main__":
+    keep_corpus(int(sys.argv[1]))
