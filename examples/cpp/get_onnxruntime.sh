@@ -11,6 +11,7 @@ set -euo pipefail
 into=$(mkdir -p "$1" && cd "$1" && pwd)
 python=$(command -v "${2:-python3}") || { echo "error: no ${2:-python3}: give the interpreter that has onnxruntime" >&2; exit 2; }
 newer=trixie # the first Debian release with libonnxruntime-dev
+headers=85e733da5cad0e8a2c7bf035279904ae0795c54a3a82a989f6139965b419e528 # of the headers of 1.21.0, one after the other by name
 
 wheel=$("$python" -c 'import importlib.util as i; print(*i.find_spec("onnxruntime").submodule_search_locations)' 2>/dev/null) ||
     { echo "error: $python has no onnxruntime: pip install onnxruntime" >&2; exit 3; }
@@ -39,6 +40,9 @@ cd "$work"
 apt-get "${options[@]}" update && apt-get "${options[@]}" download libonnxruntime-dev ||
     { echo "error: apt cannot get libonnxruntime-dev from Debian $newer" >&2; exit 3; }
 dpkg -x libonnxruntime-dev_*.deb extracted
+found=$(cd extracted/usr/include/onnxruntime && find . -type f | LC_ALL=C sort | xargs cat | sha256sum | cut -d ' ' -f 1)
+[ "$found" = "$headers" ] ||
+    { echo "error: SHA-256 of the headers in $(echo libonnxruntime-dev_*.deb) is $found, not $headers: look what has changed" >&2; exit 3; }
 rm -rf "$into/include"
 mv extracted/usr/include/onnxruntime "$into/include"
 echo "headers and library of ONNX Runtime are in $into"
