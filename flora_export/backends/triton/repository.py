@@ -140,12 +140,16 @@ def _before(repo: Path) -> tuple[int, int]:
     Where a killed publisher has left two live versions, the one published last counts.
     """
     serving = live(repo)
-    model = max(serving, key=lambda each: serving[each])
-    parameters = parse((repo / model / CONFIG).read_text(encoding="utf-8")).parameters
+    version = max(serving.values())
+    file = repo / DECODER / CONFIG if serving[DECODER] == version else repo / DECODER / str(version) / CONFIG
+    try:
+        parameters = parse(file.read_text(encoding="utf-8")).parameters
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file} does not say what was live before ({error}): roll back with --to N") from error
     former = parameters[FORMER].string_value if FORMER in parameters else ""
     if not former.isdecimal():
-        raise ArtifactError(f"{repo}: version {serving[model]} is live, and there is none before it")
-    return serving[model], int(former)
+        raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
+    return version, int(former)
 
 
 def check(repo: Path) -> list[str]:
