@@ -141,7 +141,11 @@ def _before(repo: Path) -> tuple[int, int]:
     Where a killed publisher has left two live versions, the one published last counts.
     """
     version = max(live(repo).values())
-    parameters = parse((repo / DECODER / str(version) / CONFIG).read_text(encoding="utf-8")).parameters
+    file = repo / DECODER / str(version) / CONFIG
+    try:
+        parameters = parse(file.read_text(encoding="utf-8")).parameters
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{file} does not say what was live before ({error}): roll back with --to N") from error
     former = parameters[FORMER].string_value if FORMER in parameters else ""
     if not former.isdecimal():
         raise ArtifactError(f"{repo}: version {version} is live, and there is none before it")
