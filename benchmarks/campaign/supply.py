@@ -129,12 +129,14 @@ def _commands(work: Path, size: Size) -> Iterator[Outcome]:
 
     base = make_speaking_base(work / "base")
     adapter = make_adapter(base, work / "adapter", alpha=32.0)
-    ran = plant(base, adapter)
+    mlp = make_adapter(base, work / "mlp", alpha=32.0, target_modules=["mlp"])
+    ran = [file for directory in (adapter, mlp) for file in plant(base, directory)]
     tiny = commands(base, adapter, work / "out")
     trials = [("a tiny model", tiny)] if size == "short" else [(f"a tiny model: {command[0]}", [command]) for command in tiny]
     if size == "full":
-        for backend in ("openvino", "tensorrt"):
-            build = ["build", str(adapter), "--base", str(base), "--backend", backend, "--output", str(work / backend)]
+        for backend, options in {"openvino": [], "tensorrt": ["--compute-capability", "8.6"], "hf": []}.items():
+            made = mlp if backend == "hf" else adapter
+            build = ["build", str(made), "--base", str(base), "--backend", backend, "--output", str(work / backend), *options]
             trials.append((f"a tiny model: --backend {backend}", [build]))
         if SMOLLM2.is_dir():
             trials += [(f"SmolLM2: {command[0]}", [command]) for command in commands(SMOLLM2, ADAPTER, work / "smollm2")]
