@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import licences
-from benchmarks.campaign import supply
+from benchmarks.campaign import platforms, supply
 from benchmarks.campaign.outcome import Outcome
 
 
@@ -84,3 +85,17 @@ def test_planted_code_runs_where_it_is_trusted(tmp_path: Path) -> None:
     reader.loads((tmp_path / "adapter" / supply.PICKLES[0]).read_bytes())
     assert code.exists()
     assert pickle.exists()
+
+
+def test_platforms_are_kept(tmp_path: Path) -> None:
+    outcomes = platforms.run(tmp_path, "short", 0)
+    assert losses(outcomes) == []
+    assert outcomes[0].tried
+
+
+def test_a_source_that_a_python_warns_of_is_reported(tmp_path: Path) -> None:
+    python = platforms.interpreter(sys.version_info.minor)
+    assert python is not None
+    for text, lost in (("x = 1", 0), ("x = '\\d'", 1), ("x =", 1)):
+        (tmp_path / "source.py").write_text(text)
+        assert len(platforms.faults(python, [tmp_path / "source.py"])) == lost
