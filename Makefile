@@ -17,7 +17,8 @@ ADAPTER := examples/01_train_ffba/adapter
 LLAMA_CPP := $(VENV)/llama.cpp
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies server-dependencies locks clean
+.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies \
+	server-dependencies locks licences audit clean
 
 demo: $(BASE)
 	@echo; echo "== build: fuse the adapter into SmolLM2 for ONNX Runtime, and verify it against eager PyTorch"
@@ -103,7 +104,7 @@ train: $(BASE)
 
 # One environment: what the demo needs, and beside it, for other targets, the extras that pyproject.toml explains. In any order, each once.
 EXTRAS_demo := cpu examples
-EXTRAS_serve := cpu genai triton
+EXTRAS_serve := cpu triton
 EXTRAS_bench := cpu tensorrt-rtx genai
 EXTRAS_accuracy := cpu accuracy report
 EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton report accuracy examples dev
@@ -130,6 +131,14 @@ locks: $(VENV)/installed-test
 	echo torch | $(call LOCK,torch) - --constraint constraints.txt --constraint requirements/test.txt
 	grep -o '^[^# ]*==[^ ]*' requirements/test.txt | grep -v ^numpy= | $(call LOCK,triton-python) requirements/triton-python.in --constraint -
 	$(foreach package,tritonserver llama-cpp,$(call LOCK,$(package)) --no-deps requirements/$(package).in &&) true
+
+# docs/licences.md, from what is installed.
+licences: $(VENV)/installed-test
+	$(BIN)/python benchmarks/licences.py
+
+# Known vulnerabilities of the locked versions, from a service on the network; in an environment of its own, which is not locked.
+audit: $(VENV)/installed-test
+	$(BIN)/uv tool run pip-audit --disable-pip --require-hashes $(addprefix -r requirements/,$(addsuffix .txt,test torch triton-python tritonserver))
 
 # llama.cpp's converter, for tests: it is in no wheel, but in the sources of llama-cpp-python. Nothing is compiled.
 $(LLAMA_CPP): requirements/llama-cpp.txt $(VENV)/installed-test

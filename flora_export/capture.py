@@ -67,6 +67,15 @@ class Capture:
                 f"base model {base.name}: its configuration and tokenizer make no genai_config.json ({type(error).__name__}: {error})"
             ) from error
         _leave_out_adapter_ids(directory / "genai_config.json")
+        _leave_out_code(directory / "tokenizer_config.json")
+
+
+def _leave_out_code(file: Path) -> None:
+    """A tokenizer of a class of its own, which is not beside it, would be read as another one here than from the base model."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("auto_map", None) is not None:
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _leave_out_adapter_ids(file: Path) -> None:

@@ -7,8 +7,11 @@ Python backend: tensors are copied once more, so it says nothing of the real bac
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before it is imported, else it reports to its makers
 
 import numpy as np
 import onnxruntime as ort

@@ -2,11 +2,18 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 
 #include "error.hpp"
 #include "stack.hpp"
 
 namespace {
+
+// ONNX Runtime reports to its makers over the network unless this is set before its environment is made. Set it to 0 to let it.
+Ort::Env environment() {
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);
+  return {ORT_LOGGING_LEVEL_ERROR, "flora"};
+}
 
 Ort::SessionOptions session_options(int threads, const Stack* stack) {
   Ort::SessionOptions options;
@@ -61,7 +68,7 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }  // namespace
 
 Decoder::Decoder(const Artifact& artifact, int threads, const Stack* stack)
-    : env_(ORT_LOGGING_LEVEL_ERROR, "flora"),
+    : env_(environment()),
       session_(env_, artifact.model().c_str(), session_options(threads, stack)),
       memory_(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault)),
       shared_(artifact.grouped_attention) {

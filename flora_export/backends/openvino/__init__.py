@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from flora_export.manifest import Manifest, Tensor
 from flora_export.openvino_ir import read_constants
 from flora_export.passes import Fused
 from flora_export.quantization import BITS
+
+# OpenVINO reports to its makers over the network whenever it is imported. Without this package it does not; where it is imported already, it stays.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 class OpenVINO(GraphBackend):
