@@ -29,7 +29,7 @@ from flora_export.openvino_ir import read_constants
 from flora_export.passes import Fused
 from flora_export.quantization import BITS
 
-# OpenVINO reports to its makers over the network whenever it is imported, but not without this package. Where that is in already, it stays.
+# OpenVINO reports to its makers over the network whenever it is imported, unless this package is absent. What is imported already stays.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
