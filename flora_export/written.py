@@ -11,6 +11,7 @@ from flora_export.openvino_ir import read_constants
 from flora_export.shards import read_shards
 
 Tensors = dict[str, ir.TensorProtocol]
+NUMBERS_PER_BYTE = 4  # at most: of two bits each
 LARGEST_UNKNOWN = 64  # bytes of a constant in an IR that no ledger needs to explain: OpenVINO puts in sizes, axes and scalars
 
 
@@ -37,12 +38,15 @@ def _strangers(artifact: Artifact) -> list[str]:
 
 def _initializers(artifact: Artifact) -> Tensors:
     found: Tensors = {}
+    most = NUMBERS_PER_BYTE * artifact.model.stat().st_size
     for name, value in load_graph(artifact).graph.initializers.items():
         tensor = value.const_value
         if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
             raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
         if isinstance(tensor, ir.ExternalTensor) and tensor.length not in (None, _needed(artifact, tensor)):
             raise ArtifactError(f"{artifact.model}: {name} has {tensor.length} bytes in {DATA}, but needs {tensor.nbytes}. Build it again.")
+        if not isinstance(tensor, ir.ExternalTensor) and tensor.size > most:
+            raise ArtifactError(f"{artifact.model}: {name} is to have {tensor.size} numbers, more than the file can hold. Build it again.")
         found[name] = tensor
     return found
 

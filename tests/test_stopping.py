@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,23 @@ def test_signals(number: signal.Signals, code: int, base: Path, tmp_path: Path, 
     ended, told, _ = quantize(monkeypatch, base, tmp_path / "out", lambda: signal.raise_signal(number), "--json")
     assert json.loads(told)["exit_code"] == ended == code
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_while_an_object_goes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python drops what a finalizer raises: the command must end all the same, and not run on."""
+
+    class Going:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def act() -> None:
+        Going()
+        time.sleep(10)
+        raise AssertionError("it went on")
+
+    assert quantize(monkeypatch, base, tmp_path / "out", act)[0] == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

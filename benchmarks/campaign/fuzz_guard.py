@@ -23,7 +23,8 @@ PACKAGES = {
 }  # fmt: skip
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn")
 TALKS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request")
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.rmtree")
+# What changes a directory, and which of the event's arguments is the open directory that a relative path begins at.
+CHANGES = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.chmod": 2, "os.rename": 2, "os.link": 2, "os.symlink": 2, "shutil.rmtree": 1}
 
 
 class Hang(BaseException):
@@ -89,7 +90,7 @@ class Guard:
             file = getattr(arguments[0], "co_filename", "")
             if not file.startswith((*self._readable[2:], "<frozen", "<string>", "<__array_function__", "<attrs", "<template>")):
                 self._note(f"ran code of {file!r}")
-        elif event in CHANGES and not str(_path(arguments[0])).startswith(self._writable):
+        elif event in CHANGES and not _path(arguments[0], arguments[CHANGES[event]]).startswith(self._writable):
             self._note(f"{event} {arguments!r:.200}")
 
     def _opened(self, path: Any, mode: str | None, flags: int) -> None:
@@ -107,8 +108,12 @@ class Guard:
             self.events.append(what)
 
 
-def _path(path: Any) -> str:
-    return os.path.abspath(os.fsdecode(path)) if isinstance(path, (str, bytes, os.PathLike)) else str(path)
+def _path(path: Any, directory: Any = None) -> str:
+    """In full; a relative one begins at `directory`, where that is an open directory's number."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return str(path)
+    start = os.readlink(f"/proc/self/fd/{directory}") if isinstance(directory, int) and directory >= 0 else ""
+    return os.path.abspath(os.path.join(start, os.fsdecode(path)))
 
 
 def limit_memory(room: int = ROOM) -> None:

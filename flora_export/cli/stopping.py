@@ -21,12 +21,15 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Around a command: both signals raise Stopped. A second one, while the first one's work is cleared up, ends the process at once."""
+    """Around a command: both signals raise Stopped. A second one, while the first one's work is cleared up, ends the process at once.
+
+    Python drops what is raised while it removes an object; there the signal is sent once more.
+    """
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
@@ -36,7 +39,18 @@ def stopping() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(number)
 
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Stopped):
+            for each in numbers:
+                signal.signal(each, stop)
+            later.append(threading.Timer(0.01, os.kill, (os.getpid(), dropped.exc_value.number)))
+            later[-1].start()
+        else:
+            unraisable(dropped)
+
     former = {number: signal.getsignal(number) for number in numbers}
+    later: list[threading.Timer] = []
+    unraisable, sys.unraisablehook = sys.unraisablehook, again
     try:
         for number in numbers:
             signal.signal(number, stop)
@@ -45,6 +59,9 @@ def stopping() -> Iterator[None]:
         click.echo(f"error: {STOPPED}", err=True)
         raise
     finally:
+        sys.unraisablehook = unraisable
+        for timer in later:
+            timer.cancel()
         for number, handler in former.items():
             signal.signal(number, handler)
 
