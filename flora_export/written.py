@@ -38,8 +38,9 @@ def _strangers(artifact: Artifact) -> list[str]:
 
 def _initializers(artifact: Artifact) -> Tensors:
     found: Tensors = {}
+    graph = load_graph(artifact).graph
     most = NUMBERS_PER_BYTE * artifact.model.stat().st_size
-    for name, value in load_graph(artifact).graph.initializers.items():
+    for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is None or (isinstance(tensor, ir.ExternalTensor) and str(tensor.location) != DATA):
             raise ArtifactError(f"{artifact.model}: {name} is not in {DATA}. Only files of the artifact itself are read.")
