@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sysconfig
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -58,6 +59,12 @@ Debian's `libonnxruntime-dev` (MIT); with a plain torch on Linux `triton` (MIT),
 """
 
 
+def installed() -> list[importlib.metadata.Distribution]:
+    """The packages of this environment, without those that a package carries inside itself."""
+    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    return list(importlib.metadata.distributions(path=sorted(places)))
+
+
 def stated(package: importlib.metadata.Distribution) -> str:
     """The licence that a package states, in SPDX's words where they are known; "none stated"."""
     metadata = package.metadata
@@ -69,7 +76,7 @@ def stated(package: importlib.metadata.Distribution) -> str:
 
 def environment() -> dict[str, str]:
     """The licence of each package that is installed, but for our own, and pip, which every environment has."""
-    found = {canonicalize_name(package.metadata["Name"]): stated(package) for package in importlib.metadata.distributions()}
+    found = {canonicalize_name(package.metadata["Name"]): stated(package) for package in installed()}
     return {name: found[name] for name in sorted(found) if name not in ("flora-export", "pip")}
 
 

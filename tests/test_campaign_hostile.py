@@ -22,7 +22,7 @@ from benchmarks.campaign.fuzz_mutate import mutate_json
 from benchmarks.campaign.fuzz_targets import Target
 from flora_export.errors import CheckpointError
 
-fuzz_guard.SECONDS, work = 1, Path(sys.argv[1])
+fuzz_guard.SECONDS, work = 3, Path(sys.argv[1])
 
 def refuse(data):
     raise CheckpointError("no")

@@ -7,7 +7,6 @@ run: modules that its `auto_map` names, and pickles.
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import json
 import os
 import re
@@ -49,7 +48,7 @@ def run(work: Path, size: Size, seed: int) -> list[Outcome]:
 def _locked() -> Outcome:
     """Each package of this environment is in the lock, with that version and a hash."""
     outcome = Outcome("supply: locks", "every installed package is a locked one, under a hash")
-    installed = {canonicalize_name(package.metadata["Name"]): package.version for package in importlib.metadata.distributions()}
+    installed = {canonicalize_name(package.metadata["Name"]): package.version for package in licences.installed()}
     lines = [locked for path in REQUIREMENTS.glob("*.txt") if path.stem != "excluded" for locked in read(path)]
     outcome.losses = unlocked(installed) + [f"{line.requirement} is locked without a hash" for line in lines if not line.hashes]
     outcome.tried = len(installed) + len(lines)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DIRECTORY = click.Path(path_type=Path)
 # What PyTorch, ONNX Runtime and C++'s own library say of it, in errors that have no type of their own.
-NO_MEMORY = ("bad_alloc", "allocate memory", "Failed to allocate", "out of memory")
+NO_MEMORY = ("bad_alloc", "allocate memory", "Failed to allocate", "out of memory", "can't start new thread")
 LONGEST_LINE = 2000  # characters of an error
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
