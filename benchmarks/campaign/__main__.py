@@ -2,7 +2,8 @@
 
     make campaign                                        # under 60 minutes on two cores; writes benchmarks/results/reliability.json
     python -m benchmarks.campaign --size short           # a few of each; writes nothing
-    python -m benchmarks.campaign --part kills --seed 7  # one part, other random moments; writes nothing
+    python -m benchmarks.campaign --part kills --seed 7  # one part, other random moments; writes nothing but --report FILE
+    python -m benchmarks.campaign --join DIR             # the result of parts that were run one by one: their reports are DIR/PART.json
 
 Each part is a module with `run(work, size, seed)` that returns its outcomes. A part that fails to run is a loss.
 """
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 RESULT, LOGS = ROOT / "benchmarks" / "results" / "reliability.json", ROOT / "build" / "campaign"
 LANES = ("kills", "faults"), ("hostile", "supply", "platforms")
 ALONE = ("served",)
+NOT_RUN = "was not run to its end"
 PARTS = (*LANES[0], *LANES[1], *ALONE)
 
 
@@ -81,6 +83,24 @@ def whole(work: Path, size: Size, seed: int) -> list[Outcome]:
     return [outcome for part in PARTS for outcome in done[part]]
 
 
+def write(command: str, seed: int, seconds: float | None, outcomes: Sequence[Outcome]) -> None:
+    """benchmarks/results/reliability.json. `seconds` is None where the parts were not run in one go."""
+    rows = [asdict(outcome) for outcome in outcomes]
+    facts = {"command": command, "seed": seed, "seconds": seconds, "parts": rows, "environment": environment()}
+    RESULT.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def join(directory: Path, seed: int) -> None:
+    """Parts without a report are named as not run."""
+    outcomes: list[Outcome] = []
+    for part in PARTS:
+        report = directory / f"{part}.json"
+        rows = json.loads(report.read_text()) if report.is_file() else [asdict(Outcome(part, NOT_RUN))]
+        outcomes += [Outcome(**row) for row in rows]
+    print(table(outcomes))
+    write("python -m benchmarks.campaign --part PART, one by one", seed, None, outcomes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,18 +109,19 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help="only this part, in this process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, help="write the outcomes there, as JSON")
+    parser.add_argument("--join", type=Path, metavar="DIR", help="run nothing: write the result of the reports there")
     options = parser.parse_args()
+    if options.join:
+        return join(options.join, options.seed)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         work = Path(name)
         outcomes = run_part(options.part, work, options.size, options.seed) if options.part else whole(work, options.size, options.seed)
     print(table(outcomes))
-    rows = [asdict(outcome) for outcome in outcomes]
     if options.report:
-        options.report.write_text(json.dumps(rows))
+        options.report.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
     if options.size == "full" and not options.part:
-        facts = {"command": "make campaign", "seed": options.seed, "seconds": round(time.monotonic() - started)}
-        RESULT.write_text(json.dumps(facts | {"parts": rows, "environment": environment()}, indent=1) + "\n")
+        write("make campaign", options.seed, round(time.monotonic() - started), outcomes)
     sys.exit(any(outcome.losses for outcome in outcomes))
 
 
