@@ -45,6 +45,6 @@ def reliability_paragraph() -> list[str]:
     tried, lost = (sum(numbers) for numbers in zip(*((p["tried"], len(p["losses"])) for p in result["parts"]), strict=True))
     promises = sum(part["tried"] > 0 for part in result["parts"])
     return [
-        f"**Reliability**: {promises} promises were tried {tried:,} times by `make campaign`, and broken {lost} times",
+        f"**Reliability**: {promises} promises were tried {tried:,} times by the campaign, and broken {lost} times",
         "([reliability.json](benchmarks/results/reliability.json), [docs/reliability.md](docs/reliability.md)).",
     ]

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 RESULT, LOGS = ROOT / "benchmarks" / "results" / "reliability.json", ROOT / "build" / "campaign"
 LANES = ("kills", "faults"), ("hostile", "supply", "platforms")
 ALONE = ("served",)
-NOT_RUN = "was not run to its end"
+NOT_RUN, LEFT = "was not run whole", "not run whole on this code; its short form runs in `make test`"
 PARTS = (*LANES[0], *LANES[1], *ALONE)
 
 
@@ -95,7 +95,7 @@ def join(directory: Path, seed: int) -> None:
     outcomes: list[Outcome] = []
     for part in PARTS:
         report = directory / f"{part}.json"
-        rows = json.loads(report.read_text()) if report.is_file() else [asdict(Outcome(part, NOT_RUN))]
+        rows = json.loads(report.read_text()) if report.is_file() else [asdict(Outcome(part, NOT_RUN, not_tried=[LEFT]))]
         outcomes += [Outcome(**row) for row in rows]
     print(table(outcomes))
     write("python -m benchmarks.campaign --part PART, one by one", seed, None, outcomes)
