@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.campaign.fuzz_guard import SECONDS, Guard, Hang, limit_memory, report_opens_of_safetensors, stay_inside
+from benchmarks.campaign.fuzz_guard import PATIENCE, SECONDS, Guard, Hang, limit_memory, report_opens_of_safetensors, stay_inside
 from benchmarks.campaign.fuzz_mutate import mutate_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Run:
         self.current.write_bytes(data)
         if time.monotonic() - self.watched > 1:
             self.watched = time.monotonic()
-            faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # of what does not even take a signal
+            faulthandler.dump_traceback_later((PATIENCE + 2) * SECONDS, exit=True)  # of what does not even take a signal
         from benchmarks.campaign.fuzz_targets import REFUSALS
 
         try:
@@ -163,7 +163,7 @@ def cover(run: Run, job: dict[str, Any]) -> None:
         if run.executions % 512 == 0:  # libFuzzer ends the process without a word to Python
             Path(job["report"]).write_text(json.dumps({run.target.name: run.figures()}))
 
-    limits = [f"-max_total_time={job['seconds']}", f"-runs={job['runs']}", f"-timeout={SECONDS + 2}", "-rss_limit_mb=4096"]
+    limits = [f"-max_total_time={job['seconds']}", f"-runs={job['runs']}", f"-timeout={(PATIENCE + 2) * SECONDS}", "-rss_limit_mb=4096"]
     others = [f"-max_len={LONGEST}", f"-seed={job['seed'] + 1}", "-print_final_stats=1", f"-artifact_prefix={job['work']}/"]
     atheris.Setup([sys.argv[0], *limits, *others, str(corpus)], one, custom_mutator=change)
     atheris.Fuzz()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5
+SECONDS = 5  # of the processor
+PATIENCE = 10  # times as long by the clock: a busy machine gives a process less than a core
 GROWTH = 2**30  # bytes that reading one small file may add to the process
 ROOM = 4 * 2**30  # of addresses, beyond what the process has when it begins
 # Packages that our readers import when they need them. A stranger's file that names another module to be imported is a loss.
@@ -53,23 +55,33 @@ class Guard:
         )
         self._readable = (*self._writable, *(os.path.realpath(path) for path in own), *own, *known, *map(str, readable))
         sys.addaudithook(self._hook)
-        signal.signal(signal.SIGALRM, self._alarm)
+        self._status = os.open("/proc/self/status", os.O_RDONLY)
+        for number in (signal.SIGPROF, signal.SIGALRM):
+            signal.signal(number, self._alarm)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Around the reading of one input. Raises Hang; afterwards `events` has what happened."""
         self.events, self.imports = [], set()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        before = self._largest()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS * PATIENCE)
         self.armed = True
         try:
             yield
         finally:
             self.armed = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+            grown = self._largest() - before
             if grown > GROWTH:
                 self.events.append(f"memory grew by {grown >> 20} MiB")
+
+    def _largest(self) -> int:
+        """The most bytes that this program has held. getrusage would count what the program held that started this one."""
+        found = re.search(rb"VmHWM:\s+(\d+) kB", os.pread(self._status, 1 << 14, 0))
+        assert found is not None
+        return int(found[1]) * 1024
 
     def _alarm(self, *_: object) -> None:
         raise Hang(f"over {SECONDS} s")

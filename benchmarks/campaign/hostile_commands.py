@@ -1,7 +1,7 @@
 """Hostile directories through the real commands, each in a forked child of a process that has imported everything.
 
-`python -m benchmarks.campaign.hostile_commands JOB` is that process. A child's time counts from the fork, and is held to what the command
-takes on sound files and 5 seconds more; its memory, to what it takes on sound files and 1.5 GiB more.
+`python -m benchmarks.campaign.hostile_commands JOB` is that process. A child's time counts from the fork, in seconds of the processor, and is
+held to what the command takes on sound files and 5 seconds more; its memory, to what it takes on sound files and 1.5 GiB more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.campaign.fuzz_guard import Guard, limit_memory, report_opens_of_safetensors
+from benchmarks.campaign.fuzz_guard import PATIENCE, Guard, limit_memory, report_opens_of_safetensors
 from benchmarks.campaign.outcome import Outcome, Size
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,7 +35,7 @@ IMPORTED = "imported "  # begins an event that is none where sound files have it
 @dataclass(frozen=True)
 class Ran:
     code: int
-    seconds: float
+    seconds: float  # of the processor, its own children's with it
     memory: int  # bytes beyond its parent's
     stdout: str
     stderr: str
@@ -59,7 +59,7 @@ def run(work: Path, size: Size, lost: Path) -> Outcome:
 
 
 def in_child(arguments: Sequence[str], directory: Path, limit: float, readable: Sequence[Path] = ()) -> Ran:
-    """`flora-export ARGUMENTS` in a fork of this process. Killed after `limit` seconds."""
+    """`flora-export ARGUMENTS` in a fork of this process. Killed after `limit` seconds by the clock."""
     files = [directory / name for name in ("stdout", "stderr", "events")]
     before, started = _resident(), time.monotonic()
     child = os.fork()
@@ -77,9 +77,8 @@ def in_child(arguments: Sequence[str], directory: Path, limit: float, readable: 
             if time.monotonic() - started > limit:
                 os.killpg(child, signal.SIGKILL)
             time.sleep(0.01)
-    seconds = time.monotonic() - started
     texts = [file.read_text(errors="replace") if file.is_file() else "" for file in files]
-    return Ran(os.waitstatus_to_exitcode(status), seconds, max(0, usage.ru_maxrss * 1024 - before), *texts[:2], texts[2].splitlines())
+    return Ran(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss * 1024 - before), *texts[:2], texts[2].splitlines())
 
 
 def _command(arguments: Sequence[str], directory: Path, files: list[Path], readable: Sequence[Path]) -> int:
@@ -170,7 +169,7 @@ def main() -> None:
             continue
         usual = ordinary[arguments[0]]
         before = _listed(work)
-        ran = in_child(arguments, directory, usual.seconds + 4 * SECONDS, readable)
+        ran = in_child(arguments, directory, PATIENCE * (usual.seconds + SECONDS), readable)
         ran = replace(ran, events=[event for event in ran.events if event not in usual_events])
         wrong = faults(ran, case.codes, usual.seconds, usual.memory, SECRET)
         wrong += [f"{name} appeared outside" for name in sorted(_listed(work) - before) if not name.startswith(f"cases/{tried}/")]

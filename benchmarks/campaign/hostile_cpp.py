@@ -134,7 +134,7 @@ def _fuzz(program: Path, scratch: Path, seed: int, lost: Path, outcome: Outcome)
     inputs(scratch / "inputs", home)
     limits = [
         f"-max_total_time={SECONDS}",
-        "-timeout=5",
+        "-timeout=25",
         "-rss_limit_mb=2048",
         "-max_len=16384",
         f"-seed={seed + 1}",
