@@ -35,7 +35,8 @@ def grow(data):
     return len(bytearray(os.urandom(1)) * 2**31)
 
 readers = {
-    "sound": len, "refuses": refuse, "KeyError": lambda data: {}[data], "loops": loop, "sleeps": lambda data: time.sleep(600), "grows": grow,
+    "sound": len, "refuses": refuse, "KeyError": lambda data: {}[data], "loops": loop,
+    "sleeps": lambda data: time.sleep(600), "grows": grow,
     "reads": lambda data: open("/etc/passwd").close(), "writes": lambda data: open(work.parent / "outside", "w").close(),
     "runs": lambda data: os.system("true"), "executes": lambda data: exec(compile("1", "stranger", "exec")),
     "talks": lambda data: socket.socket().connect_ex(("127.0.0.1", 9)), "imports": lambda data: __import__("stranger_module"),
@@ -58,8 +59,8 @@ def test_planted_defects_are_reported(tmp_path: Path) -> None:
     lost = {name: " ".join(losses) for name, losses in json.loads(done.stdout).items()}
     assert lost.pop("sound") == lost.pop("refuses") == ""
     for name, words in {
-        "KeyError": "KeyError at", "loops": "Hang at", "sleeps": "Hang at", "grows": "memory grew", "reads": "read /etc/passwd", "writes": "wrote",
-        "runs": "os.system",
+        "KeyError": "KeyError at", "loops": "Hang at", "sleeps": "Hang at", "grows": "memory grew",
+        "reads": "read /etc/passwd", "writes": "wrote", "runs": "os.system",
         "executes": "ran code of 'stranger'", "talks": "socket.connect", "imports": "imported stranger_module",
     }.items():  # fmt: skip
         assert words in lost.pop(name), name

@@ -1,7 +1,7 @@
 """Hostile directories through the real commands, each in a forked child of a process that has imported everything.
 
-`python -m benchmarks.campaign.hostile_commands JOB` is that process. A child's time counts from the fork, in seconds of the processor, and is
-held to what the command takes on sound files and 5 seconds more; its memory, to what it takes on sound files and 1.5 GiB more.
+`python -m benchmarks.campaign.hostile_commands JOB` is that process. A child's time counts from the fork, in seconds of the processor, and
+is held to what the command takes on sound files and 5 seconds more; its memory, to what it takes on sound files and 1.5 GiB more.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def in_child(arguments: Sequence[str], directory: Path, limit: float, readable: 
                 os.killpg(child, signal.SIGKILL)
             time.sleep(0.01)
     texts = [file.read_text(errors="replace") if file.is_file() else "" for file in files]
-    return Ran(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss * 1024 - before), *texts[:2], texts[2].splitlines())
+    seconds, memory = usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss * 1024 - before)
+    return Ran(os.waitstatus_to_exitcode(status), seconds, memory, *texts[:2], texts[2].splitlines())
 
 
 def _command(arguments: Sequence[str], directory: Path, files: list[Path], readable: Sequence[Path]) -> int:
