@@ -78,7 +78,13 @@ def in_child(arguments: Sequence[str], directory: Path, limit: float, readable: 
                 os.killpg(child, signal.SIGKILL)
             time.sleep(0.01)
     texts = [file.read_text(errors="replace") if file.is_file() else "" for file in files]
-    return Ran(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, max(0, usage.ru_maxrss * 1024 - before), *texts[:2], texts[2].splitlines())
+    return Ran(
+        os.waitstatus_to_exitcode(status),
+        usage.ru_utime + usage.ru_stime,
+        max(0, usage.ru_maxrss * 1024 - before),
+        *texts[:2],
+        texts[2].splitlines(),
+    )
 
 
 def _command(arguments: Sequence[str], directory: Path, files: list[Path], readable: Sequence[Path]) -> int:

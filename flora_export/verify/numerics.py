@@ -99,6 +99,7 @@ class Numerics:
     tolerance: Tolerance
     prompts: str
     steps: int
+    quick: bool = False  # the prompts were run together alone, not each by itself as well
     cases: list[Case] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
 
