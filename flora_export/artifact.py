@@ -53,7 +53,8 @@ class Artifact:
     @property
     def is_large(self) -> bool:
         """Whether its weights, all of them in fp32, would take more than a verification loads."""
-        sizes = sum((self.path / name).stat().st_size for name in self.manifest.files if name in weight_files(self.manifest.backend))
+        files = [self.path / name for name in weight_files(self.manifest.backend)]
+        sizes = sum(file.stat().st_size for file in files if file.is_file())
         return sizes * (1 if self.manifest.compute == "fp32" else 2) > base_model.LARGE
 
     @property

@@ -126,7 +126,7 @@ def compare(
     progress: Progress,
 ) -> Numerics:
     """Run the artifact through all cases, or the quick part of them, and judge."""
-    result = Numerics(precision, TOLERANCES[precision], source, STEPS, quick)
+    result = Numerics(precision, TOLERANCES[precision], source, STEPS, quick=quick)
     most = min(with_adapter.limits.batch, without_adapter.limits.batch)
     batch = [item for item in expected if item.name.startswith("prompt")][:most]
     alone = [item for item in expected if not quick or len(batch) == 1 or item not in batch]
