@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from flora_export import base_model
 from flora_export.bank import BASE, Bank
 from flora_export.base_model import INDEX, file_sha256, is_file_name, read_json
 from flora_export.errors import ArtifactError, BackendError, CheckpointError
@@ -48,6 +49,13 @@ class Artifact:
     @property
     def model(self) -> Path:
         return self.path / MODEL
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its weights, all of them in fp32, would take more than a verification loads."""
+        files = [self.path / name for name in weight_files(self.manifest.backend)]
+        sizes = sum(file.stat().st_size for file in files if file.is_file())
+        return sizes * (1 if self.manifest.compute == "fp32" else 2) > base_model.LARGE
 
     @property
     def is_checkpoint(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ GENERATION = "generation_config.json"
 HEAD = "lm_head.weight"
 MAX_LAYERS = 1000
 MIN_CONTEXT = 32  # tokens: verification needs a prompt and 16 steps
+LARGE = 4 * 2**30  # bytes of weights in fp32, beyond which a verification maps them from their files
 MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file: of the largest models, all files together have as much
 LONGEST_NAME = 4096  # of a directory, as the system has it
@@ -68,6 +70,11 @@ class BaseModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of its tensors."""
         return {name: shape for file in self.weights for name, shape in sorted(_header(file).items())}
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its weights would take more than LARGE in fp32."""
+        return 4 * sum(map(math.prod, self.shapes.values())) > LARGE
 
     def read(self, tensor: str) -> npt.NDArray[Any]:
         """A tensor as its file has it."""

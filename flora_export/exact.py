@@ -30,7 +30,7 @@ class _DoubleForFloat(TorchFunctionMode):
 
 @contextlib.contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
-    """Within, an fp32 `model` computes in fp64: from the numbers of its weights, and from frequencies that were never rounded to fp32."""
+    """Within, a `model` computes in fp64: from the numbers of its weights, and from frequencies that were never rounded to fp32."""
     with contextlib.ExitStack() as undo:
         undo.enter_context(_DoubleForFloat())
         for parent in list(model.modules()):
@@ -38,13 +38,32 @@ def in_double(model: nn.Module) -> Iterator[None]:
                 if (remade := _remade(child)) is not None:
                     setattr(parent, name, remade)
                     undo.callback(setattr, parent, name, child)
+        undo.enter_context(computing_in(model, torch.float64, unsaved=True))
+        yield
+
+
+@contextlib.contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype, *, unsaved: bool = False) -> Iterator[None]:
+    """Within, the weights of each module are of a dtype while it runs, whatever they are kept in.
+
+    Args:
+        unsaved: buffers that are not saved with a model as well. They stay as they are when transformers loads a model in some precision:
+            rotary frequencies in fp16 would turn every far position by whole radians.
+    """
+    with contextlib.ExitStack() as undo:
         for module in model.modules():
-            held = [t for each in (module, *_read_by(module)) for t in (*each.parameters(recurse=False), *each.buffers(recurse=False))]
-            if own := [t for t in held if t.dtype == torch.float32]:
-                before, after = _hooks(own)
+            held = [t for each in (module, *_read_by(module)) for t in _tensors_of(each, unsaved)]
+            if own := [t for t in held if t.is_floating_point() and t.dtype != dtype]:
+                before, after = _hooks(own, dtype)
                 undo.callback(module.register_forward_pre_hook(before).remove)
                 undo.callback(module.register_forward_hook(after, always_call=True).remove)
         yield
+
+
+def _tensors_of(module: nn.Module, unsaved: bool) -> list[torch.Tensor]:
+    left_out = () if unsaved else module._non_persistent_buffers_set
+    buffers = (buffer for name, buffer in module.named_buffers(recurse=False) if name not in left_out)
+    return [*module.parameters(recurse=False), *buffers]
 
 
 def _read_by(module: nn.Module) -> list[nn.Module]:
@@ -65,14 +84,14 @@ def _remade(module: nn.Module) -> nn.Module | None:
     return type(module)(module.config).to(next(module.buffers()).device)
 
 
-def _hooks(tensors: list[torch.Tensor]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Make tensors fp64 before their module runs, and what they were after it."""
+def _hooks(tensors: list[torch.Tensor], dtype: torch.dtype) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Make tensors of a dtype before their module runs, and what they were after it."""
     kept: list[torch.Tensor] = []
 
     def before(*_: object) -> None:
         kept[:] = [tensor.data for tensor in tensors]
         for tensor in tensors:
-            tensor.data = tensor.data.double()
+            tensor.data = tensor.data.to(dtype)
 
     def after(*_: object) -> None:
         for tensor, data in zip(tensors, kept, strict=True):

@@ -41,6 +41,7 @@ class BuildOptions:
     weighted: tuple[tuple[Path, float], ...] = ()  # several LoRAs as one, the checkpoint the first of them; empty: it alone
     bank: BankOptions | None = None  # several adapters that stay apart, the checkpoint the first of them
     settings: Any = None  # the backend's own options, as its `options` makes them; None: their defaults
+    quick: bool = False  # verify on the prompts together alone
 
 
 def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:
@@ -80,7 +81,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
                 artifact,
                 base,
                 checkpoint,
-                VerifyOptions(options.allow_vacuous, golden=True, max_quantization_loss=options.max_quantization_loss),
+                VerifyOptions(options.allow_vacuous, golden=True, max_quantization_loss=options.max_quantization_loss, quick=options.quick),
                 progress,
             )
         with writing(output):

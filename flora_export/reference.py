@@ -18,27 +18,33 @@ from transformers import AutoModelForCausalLM
 import flora_export.ffba  # noqa: F401  # registers FFBA with PEFT
 from flora_export.base_model import BaseModel
 from flora_export.errors import CheckpointError
-from flora_export.exact import in_double
+from flora_export.exact import computing_in, in_double
 from flora_export.formulas import beside_layers
+from flora_export.mapped import keeps_base, load_mapped
 from flora_export.quiet import quiet
 
 _Array = npt.NDArray[np.float32]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BATCH_BYTES = 512 * 2**20  # of fp64 logits that are computed at a time
+BATCH_BYTES = 512 * 2**20  # of logits in fp64 that are computed at a time
 
 
 class Reference:
-    """Eager PyTorch, loaded in fp32."""
+    """Eager PyTorch, computing in fp32."""
+
+    maps = True  # the weights of a large base
+    _dtype = torch.float32  # what it computes in
 
     def __init__(self, base: BaseModel, checkpoint: Path, parts: Sequence[tuple[Path, float]] = ()) -> None:
-        """Load both. With `parts`, several adapters are active together, each times its weight, the first of them the checkpoint.
+        """Load both; a large base is mapped. With `parts`, several adapters are active together, each times its weight, the first of them
+        the checkpoint.
 
         Raises:
             CheckpointError: transformers or PEFT cannot load them; their words are quoted.
         """
         try:
             with quiet():
-                model = load_eager(base)
+                mapped = self.maps and base.is_large and all(keeps_base(path) for path in (checkpoint, *(path for path, _ in parts)))
+                model = (load_mapped(base) if mapped else None) or load_eager(base)
                 # PEFT writes trained biases over the base's own, and does not take them back where the adapter is disabled.
                 self._biases = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")]
                 beside = beside_layers(model, checkpoint)
@@ -51,35 +57,34 @@ class Reference:
             raise CheckpointError(f"eager PyTorch cannot load {checkpoint} on {base.name} ({type(error).__name__}: {error})") from error
 
     def to_precision(self, precision: str) -> Reference:
-        """Turn this very model into the precision of an artifact, and return it.
-
-        Buffers that are not saved with a model (the rotary frequencies) stay in fp32, as they do when transformers loads a model in that
-        precision: frequencies in fp16 would turn every far position by whole radians.
-        """
-        kept = [
-            (module, name, module._buffers[name]) for module in self.model.modules() for name in sorted(module._non_persistent_buffers_set)
-        ]
-        self.model.to(_DTYPES[precision])
-        for module, name, buffer in kept:
-            module._buffers[name] = buffer
+        """Compute in the precision of an artifact from now on, and return this very reference."""
+        self._dtype = _DTYPES[precision]
         return self
 
     @torch.no_grad()
     def logits(
-        self, tokens: Sequence[int], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Logits [tokens, vocabulary] of a whole sequence, or of one that follows a KV cache, with or without the adapter."""
-        result: npt.NDArray[np.float32] = self._run([tokens], adapter, cache)[0].float().numpy()
-        return result
+        self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """Logits [tokens, vocabulary] of each row, a whole sequence or one that follows a KV cache, with or without the adapter."""
+        return self._together(rows, adapter, cache, lambda: computing_in(self.model, self._dtype), self._dtype)
 
     @torch.no_grad()
     def exact_logits(
         self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
     ) -> list[npt.NDArray[np.float32]]:
-        """The true logits [tokens, vocabulary] of each row: computed in fp64, and rounded to fp32 at the end. The model must be in fp32.
+        """The true logits [tokens, vocabulary] of each row: computed in fp64, and rounded to fp32 at the end."""
+        return self._together(rows, adapter, cache, lambda: in_double(self.model), torch.float64)
 
-        Rows run together, padded on the right, which causal attention does not see; one by one with longrope, whose frequencies depend on
-        the longest of them.
+    def _together(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapter: bool,
+        cache: Sequence[tuple[_Array, _Array]] | None,
+        computing: Callable[[], contextlib.AbstractContextManager[None]],
+        dtype: torch.dtype,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Rows run together, padded on the right, which causal attention does not see; one by one with longrope, whose frequencies depend
+        on the longest of them.
         """
         longest = max(map(len, rows))
         together = max(1, BATCH_BYTES // (8 * longest * int(self.model.config.vocab_size)))
@@ -89,14 +94,16 @@ class Reference:
         for start in range(0, len(rows), together):
             some = [list(row) for row in rows[start : start + together]]
             longest = max(map(len, some))
-            with in_double(self.model):
-                logits = self._run([row + [0] * (longest - len(row)) for row in some], adapter, cache)
+            with computing():
+                logits = self._run([row + [0] * (longest - len(row)) for row in some], adapter, cache, dtype)
             results += [values[: len(row)].to(torch.float32).numpy() for row, values in zip(some, logits, strict=True)]
         return results
 
-    def _run(self, rows: Sequence[Sequence[int]], adapter: bool, cache: Sequence[tuple[_Array, _Array]] | None) -> torch.Tensor:
+    def _run(
+        self, rows: Sequence[Sequence[int]], adapter: bool, cache: Sequence[tuple[_Array, _Array]] | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         """Logits [rows, tokens, vocabulary]."""
-        past = None if cache is None else dynamic_cache(cache, self.model.dtype)
+        past = None if cache is None else dynamic_cache(cache, dtype)
         with self._silenced(not adapter):
             output = self.model(input_ids=torch.tensor([list(row) for row in rows]), past_key_values=past, use_cache=past is not None)
         logits: torch.Tensor = output.logits
@@ -123,7 +130,7 @@ class Reference:
         """What each block returns, [tokens, d], by the name of its module, with or without the adapter."""
         modules = dict(self._inner.named_modules())
         with kept_outputs({block: modules[block] for block in blocks}) as outputs:
-            self.logits(tokens, adapter=adapter)
+            self.logits([tokens], adapter=adapter)
         return outputs
 
     @property
@@ -133,16 +140,25 @@ class Reference:
         return inner
 
     @torch.no_grad()
-    def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:
-        """The next `steps` tokens, decoded greedily with a KV cache and with the adapter. An end token does not stop it."""
-        tokens: list[int] = []
-        ids, cache = torch.tensor([list(prompt)]), None
-        for _ in range(steps):
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            ids = output.logits[:, -1:].argmax(-1)
-            tokens.append(int(ids))
-        return tokens
+    def greedy(self, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
+        """The next `steps` tokens of each prompt, decoded greedily with a KV cache and with the adapter. An end token does not stop it.
+
+        The prompts run together, padded on the left.
+        """
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        tokens, cache = [], None
+        with computing_in(self.model, self._dtype):
+            for _ in range(steps):
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                ids = output.logits[:, -1:].argmax(-1)
+                mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
+                tokens.append(ids)
+        rows: list[list[int]] = torch.cat(tokens, dim=-1).tolist()
+        return rows
 
 
 def activate_together(model: peft.PeftModel, parts: Sequence[tuple[Path, float]]) -> None:

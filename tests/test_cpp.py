@@ -73,7 +73,7 @@ def test_tokens_are_those_of_eager_pytorch(flora_decode: Path, bases: Callable[[
     ran = decode(flora_decode, built.path, "--tokens", STEPS, prompts=PROMPTS)
     assert ran.code == 0, ran.messages
     truth = Reference(load_base(str(base)), checkpoint)
-    expected = [[*truth.greedy(prompt, STEPS), 2] for prompt in PROMPTS]
+    expected = [[*truth.greedy([prompt], STEPS)[0], 2] for prompt in PROMPTS]
     assert ran.tokens == [tokens[: tokens.index(2)] for tokens in expected]
     bare = Decoder(built, adapter=False)
     assert all(tokens != greedy(bare, prompt, STEPS) for tokens, prompt in zip(ran.tokens, PROMPTS, strict=True))

@@ -59,7 +59,7 @@ def test_without_its_adapter_it_is_the_base(artifact: Artifact, base: Path, adap
     truth = Reference(load_base(str(base)), adapter)
     tolerance = 1e-5 if artifact.manifest.precision == "fp32" else 5e-3
     (bare,) = Decoder(artifact, adapter=False).start(PROMPTS[:1])
-    np.testing.assert_allclose(bare, truth.logits(PROMPTS[0], adapter=False), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(bare, truth.logits(PROMPTS[:1], adapter=False)[0], rtol=0, atol=tolerance)
     (full,) = Decoder(artifact).start(PROMPTS[:1])
-    np.testing.assert_allclose(full, truth.logits(PROMPTS[0]), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(full, truth.logits(PROMPTS[:1])[0], rtol=0, atol=tolerance)
     assert np.abs(full - bare).max() > 10 * tolerance

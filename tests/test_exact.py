@@ -87,14 +87,14 @@ def test_rows_run_together_are_rows_run_alone(base: Path, adapter: Path, monkeyp
 class Liar:
     """Eager PyTorch that proposes wrong tokens until its prompt is long enough; the truth counts upwards."""
 
-    def greedy(self, prompt: Sequence[int], steps: int) -> list[int]:
-        right = [(prompt[-1] + step + 1) % 50 for step in range(steps)]
-        return right if len(prompt) > 9 else [*right[:2], 0, *right[3:]]
+    def greedy(self, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
+        right = [[(prompt[-1] + step + 1) % 50 for step in range(steps)] for prompt in prompts]
+        return [row if len(prompt) > 9 else [*row[:2], 0, *row[3:]] for prompt, row in zip(prompts, right, strict=True)]
 
     def exact_logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: object = None) -> list[Logits]:
         return [np.eye(50, dtype=np.float32)[[(token + 1) % 50 for token in row]] for row in rows]
 
-    def logits(self, tokens: Sequence[int], *, adapter: bool = True, cache: object = None) -> Logits:
+    def logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: object = None) -> list[Logits]:
         raise AssertionError("not asked")
 
 

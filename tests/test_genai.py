@@ -49,7 +49,7 @@ def test_tokens_are_those_of_eager_pytorch(bases: Callable[[str], Path], family:
     base, checkpoint = bases(family), make_adapter(bases(family), tmp_path / "adapter")
     artifact, _ = build(checkpoint, str(base), tmp_path / "out", BuildOptions(precision=precision, verify=False), silent)
     truth = Reference(load_base(str(base)), checkpoint)
-    expected = [until_end(truth.greedy(prompt, STEPS)) for prompt in PROMPTS]
+    expected = [until_end(truth.greedy([prompt], STEPS)[0]) for prompt in PROMPTS]
     assert run(artifact, PROMPTS) == expected
     assert [run(artifact, [prompt])[0] for prompt in PROMPTS] == expected
 
@@ -78,7 +78,7 @@ def test_generate_uses_it(spoken: tuple[Path, Path, Path]) -> None:
     base, checkpoint, out = spoken
     artifact, truth, tokenizer = open_artifact(out), Reference(load_base(str(base)), checkpoint), load_tokenizer(out)
     prompts = ["丅万丈三", "上下丌不与丏"]
-    tokens = [until_end(truth.greedy(tokenizer(prompt)["input_ids"], STEPS)) for prompt in prompts]
+    tokens = [until_end(truth.greedy([tokenizer(prompt)["input_ids"]], STEPS)[0]) for prompt in prompts]
     expected = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     assert all(len(text) > STEPS // 2 for text in expected)
     for runtime in ("auto", "genai", "decoder"):

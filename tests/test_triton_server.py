@@ -561,7 +561,7 @@ def test_the_example_over_http(smollm2: Path, tmp_path: Path) -> None:
 
     from flora_export.cli import main
 
-    command = ["build", str(ADAPTER), "--base", str(smollm2), "--backend", "triton", "--output", str(repo), "--json"]
+    command = ["build", str(ADAPTER), "--base", str(smollm2), "--backend", "triton", "--output", str(repo), "--quick", "--json"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["verified"] is True

@@ -3,7 +3,8 @@
     python examples/07_bank/bank.py --base models/smollm2 --output out/bank
 
 `working` and `working-mlp` solve a word problem step by step, `facts` (in `facts/` beside this file, with how it was trained) lists what
-the problem states, as JSON. The artifact is an ordinary one, for `flora-export generate out/bank "..." --adapter facts` as well.
+the problem states, as JSON. The artifact is an ordinary one, for `flora-export generate out/bank "..." --adapter facts` as well. Further
+options are those of `flora-export build`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--swaps", type=int, default=20)
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     if not options.output.exists():
-        build(options.base, options.output)
+        build(options.base, options.output, more)
     session = Session(options.output)
     print("-- one batch, each question to its own adapter")
     for name, answer in zip(QUESTIONS, ask(session, list(QUESTIONS), list(QUESTIONS.values())), strict=True):
@@ -49,11 +50,11 @@ def main() -> None:
     swap_under_load(session, options.swaps)
 
 
-def build(base: Path, output: Path) -> None:
+def build(base: Path, output: Path, more: list[str]) -> None:
     """One artifact of all three, with a place that is filled later; verified as any other."""
     names = [word for name in ADAPTERS for word in ("--name", name)]
     command = [Path(sys.executable).with_name("flora-export"), "build", *ADAPTERS.values(), *names, "--slots", "4"]
-    subprocess.run([*command, "--base", base, "--backend", "onnxruntime", "--output", output], check=True)
+    subprocess.run([*command, "--base", base, "--backend", "onnxruntime", "--output", output, *more], check=True)
 
 
 def ask(session: Session, adapters: list[str], questions: list[str], most: int = 64) -> list[str]:

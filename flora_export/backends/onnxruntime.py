@@ -60,7 +60,7 @@ class GraphBackend(Backend):
 
     def decode_graph(self, artifact: Artifact, graph: bytes) -> Decoder:
         """Another graph than the artifact's, with the artifact's weights."""
-        return Decoder(artifact, graph=graph)
+        return Decoder(artifact, graph=graph, exact=True)
 
 
 class OnnxRuntime(GraphBackend):
@@ -90,6 +90,13 @@ class OnnxRuntime(GraphBackend):
         return Bound(self.decode(artifact, threads=threads))
 
 
+def _keep_weights_mapped(options: ort.SessionOptions) -> None:
+    """Run the graph as it is: nothing is packed or, for a CPU without fp16, cast ahead, and what a run needed is given back after it."""
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+
+
 class Decoder:
     """An artifact in ONNX Runtime, decoding a batch of prompts with a KV cache.
 
@@ -117,7 +124,8 @@ class Decoder:
             threads: of one operator; 0 leaves it to ONNX Runtime.
             graph: run this graph instead of the artifact's, with the artifact's weights.
             provider: execution provider of ONNX Runtime; without it, the one of the artifact's target.
-            exact: multiply quantized weights in fp32, where ONNX Runtime would round activations to int8.
+            exact: multiply quantized weights in fp32, where ONNX Runtime would round activations to int8. Weights of a large artifact
+                stay mapped then, and are cast as they are used.
             initializers: OrtValues, by name, that are read in place of those in the file.
 
         Raises:
@@ -138,6 +146,9 @@ class Decoder:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # a DequantizeLinear is what the graph says it is
+        mapped = exact and artifact.is_large and provider == PROVIDERS["cpu"]
+        if mapped:
+            _keep_weights_mapped(options)
         model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
         self.initializers = dict(initializers or {})  # the session reads their memory
@@ -151,7 +162,7 @@ class Decoder:
         self.cache_inputs = {i.name: i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
         self.cache: dict[str, Any] = {}
         self.inputs = {i.name for i in self.session.get_inputs()}
-        self.runtime = f"ONNX Runtime {ort.__version__}, {provider}"
+        self.runtime = f"ONNX Runtime {ort.__version__}, {provider}" + (" (weights mapped, graph as it is written)" if mapped else "")
         self.limits = Limits(self.places, self.places) if self.places else Limits()
 
     def sibling(self) -> Decoder:

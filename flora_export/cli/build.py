@@ -19,6 +19,7 @@ from flora_export.cli.common import (
     merge_option,
     print_json,
     progress,
+    quick_option,
     run_command,
     vacuous_option,
     weighted_adapters,
@@ -40,6 +41,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch; a build that fails leaves no output."
 )
+@quick_option
 @vacuous_option
 @adapter_option
 @merge_option
@@ -62,6 +64,7 @@ def build(
     precision: str,
     fuse: str,
     verify: bool,
+    quick: bool,
     allow_vacuous: bool,
     adapters: tuple[str, ...],
     merge: bool,
@@ -84,7 +87,7 @@ def build(
         bank = bank_of(ckpts, names, layout, slots, adapters)
         first, weighted = (ckpts[0], ()) if bank is not None else weighted_adapters(ckpts[0], adapters)
         options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, bank, own
+            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, bank, own, quick
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish

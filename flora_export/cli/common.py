@@ -30,6 +30,9 @@ base_option = click.option("--base", metavar="DIR", help="Base model: a director
 vacuous_option = click.option(
     "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
 )
+quick_option = click.option(
+    "--quick", is_flag=True, help="Run the prompts as one batch alone, not each by itself as well; the report says so."
+)
 adapter_option = click.option(
     "--adapter",
     "adapters",

@@ -15,6 +15,7 @@ from flora_export.cli.common import (
     print_json,
     printable,
     progress,
+    quick_option,
     run_command,
     vacuous_option,
     weighted_adapters,
@@ -33,6 +34,7 @@ from flora_export.cli.quantization_options import loss_option
 )
 @adapter_option
 @base_option
+@quick_option
 @vacuous_option
 @click.option("--prompts", type=DIRECTORY, help="Compare on the prompts of this file, one a line, instead of those that ship.")
 @loss_option
@@ -46,6 +48,7 @@ def verify(
     ckpts: tuple[Path, ...],
     adapters: tuple[str, ...],
     base: str | None,
+    quick: bool,
     allow_vacuous: bool,
     prompts: Path | None,
     max_quantization_loss: float | None,
@@ -66,12 +69,15 @@ def verify(
 
         if base is not None and not ckpts:
             raise click.UsageError("--base needs --ckpt: the base model alone proves nothing of the adapter.")
+        if quick and not ckpts:
+            raise click.UsageError("--quick needs --ckpt: golden vectors are all replayed.")
         if adapters and not ckpts:
             raise click.UsageError("--adapter needs --ckpt: it is added to that.")
         first, weighted = weighted_adapters(ckpts[0], adapters) if ckpts else (None, ())
         options = VerifyOptions(
             allow_vacuous,
             prompts,
+            quick=quick,
             localise=localise,
             max_quantization_loss=max_quantization_loss,
             weighted=weighted,

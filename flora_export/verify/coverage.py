@@ -2,7 +2,7 @@
 
 Each prompt alone and a single token: prefill at past length 0, then cached steps at every past length after it. All prompts as one ragged
 batch, padded on the side that the artifact declares. And a few steps near the end of the context, on a random KV cache: both sides read the
-same keys and values, so no long prefill is needed.
+same keys and values, so no long prefill is needed. A quick verification leaves out the prompts by themselves.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Progress = Callable[[int, int], None]  # (done, of)
 class Eager(Protocol):
     """Eager PyTorch, in fp32 or in the artifact's precision, and the truth: the same in fp64."""
 
-    def logits(self, tokens: Sequence[int], *, adapter: bool = True, cache: Cache | None = None) -> Logits: ...
+    def logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Cache | None = None) -> list[Logits]: ...
     def exact_logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Cache | None = None) -> list[Logits]: ...
-    def greedy(self, prompt: Sequence[int], steps: int) -> list[int]: ...
+    def greedy(self, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]: ...
 
 
 def expect(eager: Eager, prompts: list[list[int]], progress: Progress) -> list[Expected]:
@@ -48,10 +48,8 @@ def _true_continuations(eager: Eager, prompts: list[list[int]], progress: Progre
 
     Eager in fp32 proposes the tokens, and the truth has the last word: fp32 can prefer either of two tokens that are nearly tied.
     """
-    tokens = []
-    for index, prompt in enumerate(prompts):
-        tokens.append(eager.greedy(prompt, STEPS))
-        progress(index + 1, len(prompts))
+    tokens = eager.greedy(prompts, STEPS)
+    progress(len(prompts), len(prompts))
     while True:
         adapted = eager.exact_logits([prompt + after for prompt, after in zip(prompts, tokens, strict=True)])
         wrong = 0
@@ -60,7 +58,7 @@ def _true_continuations(eager: Eager, prompts: list[list[int]], progress: Progre
             step = next((step for step, token in enumerate(after) if token != preferred[step]), None)
             if step is not None:
                 kept = [*after[:step], int(preferred[step])]
-                tokens[row] = kept + eager.greedy(prompt + kept, STEPS - len(kept))
+                tokens[row] = kept + (eager.greedy([prompt + kept], STEPS - len(kept))[0] if len(kept) < STEPS else [])
                 wrong += 1
         if not wrong:
             return tokens, adapted
@@ -89,20 +87,30 @@ def expect_near_limit(
 
 def ask_eager(eager: Eager, runs: Sequence[Run]) -> None:
     """Note what eager PyTorch, in fp32, answers."""
-    for item, cache in runs:
-        item.eager = eager.logits(item.prompt + item.tokens, cache=cache)
+    for (item, _), logits in zip(runs, _answers(eager, runs, adapter=True), strict=True):
+        item.eager = logits
 
 
 def measure_floors(eager: Eager, runs: Sequence[Run], precision: str) -> None:
     """Note what eager PyTorch, which is in the artifact's precision by now, is off by: the noise floor."""
-    for item, cache in runs:
-        sequence = item.prompt + item.tokens
-        adapted = item.eager if precision == "fp32" and item.eager is not None else eager.logits(sequence, cache=cache)
-        base = eager.logits(sequence, adapter=False, cache=cache)
+    asked = precision == "fp32" and all(item.eager is not None for item, _ in runs)
+    answers = [item.eager for item, _ in runs] if asked else _answers(eager, runs, adapter=True)
+    for (item, _), adapted, base in zip(runs, answers, _answers(eager, runs, adapter=False), strict=True):
+        assert adapted is not None
         effect = difference(item.adapted, item.base)
         norm = float(np.linalg.norm(effect))
         item.floor_logits = float(max(np.abs(adapted - item.adapted).max(), np.abs(base - item.base).max()))
         item.floor_effect = float(np.linalg.norm(difference(adapted, base) - effect)) / norm if norm else 0.0
+
+
+def _answers(eager: Eager, runs: Sequence[Run], *, adapter: bool) -> list[Logits]:
+    """Eager's logits [positions, vocabulary] of each run; those without a cache run together."""
+    rows = [item.prompt + item.tokens for item, cache in runs if cache is None]
+    together = iter(eager.logits(rows, adapter=adapter) if rows else [])
+    return [
+        next(together) if cache is None else eager.logits([item.prompt + item.tokens], adapter=adapter, cache=cache)[0]
+        for item, cache in runs
+    ]
 
 
 def compare(
@@ -114,13 +122,15 @@ def compare(
     precision: str,
     source: str,
     allow_vacuous: bool,
+    quick: bool,
     progress: Progress,
 ) -> Numerics:
-    """Run the artifact through all cases, and judge."""
-    result = Numerics(precision, TOLERANCES[precision], source, STEPS)
+    """Run the artifact through all cases, or the quick part of them, and judge."""
+    result = Numerics(precision, TOLERANCES[precision], source, STEPS, quick=quick)
     most = min(with_adapter.limits.batch, without_adapter.limits.batch)
     batch = [item for item in expected if item.name.startswith("prompt")][:most]
-    runs = [[item] for item in expected] + ([batch] if len(batch) > 1 else [])
+    alone = [item for item in expected if not quick or len(batch) == 1 or item not in batch]
+    runs = [[item] for item in alone] + ([batch] if len(batch) > 1 else [])
     for index, rows in enumerate(runs):
         prompts, forced = [item.prompt for item in rows], [item.tokens for item in rows]
         got, got_base = (run_forced(runner, prompts, forced) for runner in (with_adapter, without_adapter))

@@ -83,6 +83,7 @@ def _numerics(report: Report) -> list[str]:
     intro = (
         f"{numerics.precision} against PyTorch in fp64; {numerics.prompts}. Allowed are {numerics.tolerance.multiple:g} noise floors, "
         f"which are what eager PyTorch in {numerics.precision} is off by."
+        + (" Quick: the prompts ran as one batch, not each by itself." if numerics.quick else "")
     )
     return [f"<h2>Numbers</h2><p>{_text(intro)}</p>", _plots(report), _table(head, rows)]
 

@@ -101,6 +101,7 @@ class Numerics:
     steps: int
     cases: list[Case] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
+    quick: bool = False  # the prompts were run together alone, not each by itself as well
 
     def allowed_logits(self, case: Case) -> float:
         """The largest logit error that this case may show."""

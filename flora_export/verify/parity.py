@@ -30,6 +30,7 @@ class VerifyOptions:
     max_quantization_loss: float | None = None  # nats per token
     weighted: tuple[tuple[Path, float], ...] = ()  # several adapters as one, the checkpoint the first of them
     others: tuple[Path, ...] = ()  # of a bank: the adapters after the checkpoint, by slot
+    quick: bool = False  # run the prompts together alone
     localise: bool = False  # name the first block that diverges even where all is right
 
 
@@ -93,6 +94,7 @@ def compared(
         precision=precision,
         source=source,
         allow_vacuous=options.allow_vacuous,
+        quick=options.quick,
         progress=lambda done, of: progress("comparing with PyTorch", done, of),
     )
     numerics.causes += tokenizer_faults(artifact, base)
@@ -100,11 +102,11 @@ def compared(
     if price is not None:
         report.price, report.max_quantization_loss = price, options.max_quantization_loss
     if rounded:
-        report.kernels = _as_it_runs(artifact, base, rounded, source, progress)
+        report.kernels = _as_it_runs(artifact, base, rounded, source, options.quick, progress)
     return report, expected
 
 
-def _as_it_runs(artifact: Artifact, base: BaseModel, rounded: Sequence[Run], source: str, progress: Progress) -> Numerics:
+def _as_it_runs(artifact: Artifact, base: BaseModel, rounded: Sequence[Run], source: str, quick: bool, progress: Progress) -> Numerics:
     """A quantized artifact as it is served, its runtime free to round activations: held to what such rounding does to eager PyTorch."""
     *expected, (near_limit, cache) = rounded
     assert cache is not None
@@ -116,6 +118,7 @@ def _as_it_runs(artifact: Artifact, base: BaseModel, rounded: Sequence[Run], sou
         precision=artifact.manifest.precision,
         source=source,
         allow_vacuous=True,  # the exact run has judged that
+        quick=quick,
         progress=lambda done, of: progress("comparing as it runs", done, of),
     )
 

@@ -53,13 +53,13 @@ class Price:
 def measure_price(expected: Sequence[Expected], eager: QuantizedReference, trained: Eager) -> Price:
     """Compare with the model as it was trained. `expected` is the truth of the quantized one."""
     sequences = [item.prompt + item.tokens for item in expected]
-    before = [(trained.logits(s), trained.logits(s, adapter=False)) for s in sequences]
+    before = list(zip(trained.logits(sequences), trained.logits(sequences, adapter=False), strict=True))
     kl = np.concatenate([divergence(adapted, item.adapted) for (adapted, _), item in zip(before, expected, strict=True)])
     base_kl = np.concatenate([divergence(base, item.base) for (_, base), item in zip(before, expected, strict=True)])
     kept = None
     if eager.quantizes_adapter:
         with eager.exact_adapter():
-            kept = _moved([(eager.logits(s), item.base) for s, item in zip(sequences, expected, strict=True)], expected)
+            kept = _moved([(logits, item.base) for logits, item in zip(eager.logits(sequences), expected, strict=True)], expected)
     return Price(
         adapter_loss=kept,
         effect_error=_moved(before, expected),

@@ -32,6 +32,8 @@ Tensors = dict[str, torch.Tensor]
 class QuantizedReference(Reference):
     """As Reference, with the adapter or without, on dequantized weights."""
 
+    maps = False  # all of them are written anew
+
     def __init__(self, base: BaseModel, checkpoint: Checkpoint, quantization: Quantization) -> None:
         """Load both, and quantize.
 

@@ -84,6 +84,7 @@ def _table(numerics: Numerics) -> list[str]:
     tolerance = numerics.tolerance
     lines = [
         f"  numerics: {numerics.precision} against PyTorch in fp64, prefill and {numerics.steps} cached steps; {numerics.prompts}",
+        *(["    quick: the prompts as one batch; not each by itself"] if numerics.quick else []),
         f"    allowed: {tolerance.multiple:g} noise floors, which are what eager PyTorch in {numerics.precision} is off by; at most "
         f"{tolerance.logits:g} of the largest logit, {tolerance.effect:.1%} of the effect",
         f"    {'case':<24}{'past':>11}{'base error':>12}{'logit error':>13}{'floor':>10}{'floors':>8}{'from eager fp32':>17}"

@@ -1,0 +1,105 @@
+"""Models larger than memory, at tiny size: mapped weights give the very numbers of loaded ones, and a verification of them judges alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from flora_export import base_model
+from flora_export.base_model import SINGLE, BaseModel, load_base
+from flora_export.cli import main
+from flora_export.pipeline import BuildOptions, build
+from flora_export.reference import Reference
+from tests.conftest import silent
+from tests.families import FAMILIES, make_adapter, make_base, make_lora
+
+ROWS = [[5, 9, 77, 3, 40, 41], [7, 8, 9]]
+
+
+def in_sixteen_bits(base: Path) -> Path:
+    """The base with weights in bfloat16, as most are published: read into fp32 they are other bytes than in the file."""
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(base / SINGLE).items()}
+    save_file(tensors, base / SINGLE, metadata={"format": "pt"})
+    return base
+
+
+def both(base: BaseModel, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Reference, Reference]:
+    """(loaded, mapped)"""
+    loaded = Reference(base, adapter)
+    monkeypatch.setattr(base_model, "LARGE", 0)
+    return loaded, Reference(base, adapter)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mapped_weights_compute_the_same(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = in_sixteen_bits(make_base(family, tmp_path / "base"))
+    adapter = make_adapter(base, tmp_path / "adapter", **({"mlp_activation": "silu"} if family.startswith("starcoder2") else {}))
+    loaded, mapped = both(load_base(str(base)), adapter, monkeypatch)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for name, parameter in mapped.model.named_parameters() if "ffba_" not in name} == {torch.bfloat16}
+    assert mapped.greedy(ROWS, 5) == loaded.greedy(ROWS, 5)
+    for precision in ("fp32", "fp16"):
+        for adapted in (True, False):
+            asked = [reference.to_precision(precision).logits(ROWS, adapter=adapted) for reference in (loaded, mapped)]
+            asked.append(loaded.exact_logits(ROWS, adapter=adapted))
+            asked.append(mapped.exact_logits(ROWS, adapter=adapted))
+            for row in range(2):
+                np.testing.assert_array_equal(asked[0][row], asked[1][row])
+                np.testing.assert_array_equal(asked[2][row], asked[3][row])
+                assert not np.array_equal(asked[0][row], asked[2][row])
+
+
+@pytest.mark.parametrize(
+    ("config", "maps"), [({}, True), ({"use_dora": True}, True), ({"modules_to_save": ["lm_head"]}, False), ({"bias": "all"}, False)]
+)
+def test_what_an_adapter_puts_in_the_place_of_the_bases_own_is_not_rounded(
+    config: dict[str, object], maps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = in_sixteen_bits(make_base("qwen2", tmp_path / "base"))
+    loaded, mapped = both(load_base(str(base)), make_lora(base, tmp_path / "lora", **config), monkeypatch)
+    assert (torch.bfloat16 in {parameter.dtype for parameter in mapped.model.parameters()}) == maps
+    for one, other in zip(loaded.exact_logits(ROWS), mapped.exact_logits(ROWS), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_weights_that_transformers_joins_are_loaded(bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that has a tensor less than the model: no part of it stays empty."""
+    base = make_base("llama", tmp_path / "base")
+    tensors = load_file(base / SINGLE)
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / SINGLE, metadata={"format": "pt"})
+    config = (base / "config.json").read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    (base / "config.json").write_text(config)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    loaded, mapped = both(load_base(str(base)), adapter, monkeypatch)
+    np.testing.assert_array_equal(loaded.logits(ROWS)[0], mapped.logits(ROWS)[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_large_artifact_is_verified(precision: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its runtime maps the weights, and says so; another adapter than the one that is in it is still another one."""
+    monkeypatch.setattr(base_model, "LARGE", 0)
+    _, report = build(adapter, str(base), tmp_path / "out", BuildOptions(precision=precision, quick=True), silent)
+    assert report.verified
+    assert "weights mapped" in report.environment["runtime"]
+    assert report.numerics is not None and report.numerics.quick
+    names = [case.name for case in report.numerics.cases]
+    assert "ragged batch, row 0" in names and "single token" in names and "near the context's end" in names
+    assert not any(name.startswith("prompt") for name in names)
+    assert "quick: the prompts as one batch; not each by itself" in report.to_text()
+    other = make_adapter(base, tmp_path / "other", seed=9)
+    done = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--ckpt", str(other), "--base", str(base), "--quick"])
+    assert done.exit_code == 1
+    assert "wrong adapter" in done.stdout + done.stderr
+
+
+def test_quick_needs_something_to_compare_with(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["verify", str(tmp_path), "--quick"])
+    assert done.exit_code == 2
+    assert "--quick needs --ckpt" in done.stderr
