@@ -41,7 +41,7 @@ out/demo/manifest.json: | $(BASE)
 	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo
 
 test: lint types $(BASE) $(SERVER) $(LLAMA_CPP) cpp-dependencies browser-dependencies server-dependencies
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

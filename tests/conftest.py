@@ -21,6 +21,15 @@ SMOLLM2 = Path(os.environ.get("FLORA_SMOLLM2", Path(__file__).parent.parent / "m
 ADAPTER = Path(__file__).parent.parent / "examples" / "01_train_ffba" / "adapter"
 MLP_ADAPTER = ADAPTER.with_name("adapter_mlp")  # of the same example, beside MLPs alone
 
+# The files that take longest, longest first: begun last, one of them would keep a worker while the other has nothing to do.
+LONGEST = ("openvino", "examples", "families", "triton_server", "real", "tensorrt_engines", "browser", "campaign_kills", "quantized", "hf")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order in which `--no-loadscope-reorder` begins them."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 def disturb_frequencies() -> None:
     """Have eager PyTorch load models whose rotary frequencies are an ulp off, as another processor's power makes them."""
