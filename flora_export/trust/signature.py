@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def signing_with(key: Key) -> Any:
 def write_signature(path: Path, config: Any, file: Path) -> None:
     """Sign a directory into a file. Raises ArtifactError: it has a link, or what is neither file nor directory."""
     try:
-        config.set_hashing_config(_hashing()).sign(path, file)
+        config.set_hashing_config(_hashing()).sign(path.resolve(), file)  # OUT itself may be a link; nothing in it may
     except ValueError as error:
         raise ArtifactError(f"{path}: cannot be signed ({_reason(error)})") from error
 
@@ -116,7 +117,7 @@ def check_signature(path: Path, signer: Signer) -> None:
     try:
         bundle = read_json(path / SIGNATURE, "signature")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints warnings there
-            config.set_hashing_config(_hashing()).verify(path, path / SIGNATURE)
+            config.set_hashing_config(_hashing()).verify(path.resolve(), path.resolve() / SIGNATURE)
         if unsigned := _present(path) - _covered(bundle):  # of a signature that says of files that they do not count
             raise ValueError(f"not covered by it: {', '.join(sorted(unsigned))}")
     except (OSError, MemoryError):
@@ -158,4 +159,5 @@ def _reason(error: Exception) -> str:
         return "its signature cannot be read"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
-    return " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())[:600].removesuffix(":")
+    text = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
+    return re.sub(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'(?=\")", "", text)[:600].removesuffix(":")  # raw bytes
