@@ -30,21 +30,7 @@ def main() -> None:
     """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""
 
 
-for command in (
-    build,
-    verify,
-    explain,
-    inspect,
-    convert,
-    generate,
-    bench,
-    quantize_base,
-    rebuild,
-    set_adapter,
-    triton,
-    publish_adapter,
-    sign,
-    bom,
-    reproduce,
-):
+for command in (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, set_adapter, triton, publish_adapter):
+    main.add_command(command)
+for command in (sign, bom, reproduce):
     main.add_command(command)

@@ -88,21 +88,9 @@ def build(
         own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
         bank = bank_of(ckpts, names, layout, slots, adapters)
         first, weighted = (ckpts[0], ()) if bank is not None else weighted_adapters(ckpts[0], adapters)
+        key = None if sign is None else Key(sign)
         options = pipeline.BuildOptions(
-            backend,
-            target,
-            precision,
-            fuse,
-            verify,
-            allow_vacuous,
-            force,
-            merge,
-            align,
-            max_quantization_loss,
-            weighted,
-            bank,
-            own,
-            None if sign is None else Key(sign),
+            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, bank, own, key
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish
