@@ -107,7 +107,7 @@ EXTRAS_demo := cpu examples
 EXTRAS_serve := cpu triton
 EXTRAS_bench := cpu tensorrt-rtx genai
 EXTRAS_accuracy := cpu accuracy report
-EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton report accuracy examples dev
+EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton trust report accuracy examples dev
 OTHERS := $(addprefix $(VENV)/installed-,serve bench accuracy)
 
 $(VENV)/installed-demo: pyproject.toml requirements/demo.txt requirements/torch-cpu.txt requirements/torch.txt

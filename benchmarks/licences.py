@@ -18,8 +18,8 @@ from packaging.utils import canonicalize_name
 
 LIST = Path(__file__).parent.parent / "docs" / "licences.md"
 PERMISSIVE = {
-    *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "LLVM-exception", "MIT", "MIT-CMU"),
-    *("PSF-2.0", "ZPL-2.1", "Zlib"),
+    *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "LLVM-exception", "MIT", "MIT-0"),
+    *("MIT-CMU", "PSF-2.0", "Unlicense", "ZPL-2.1", "Zlib"),
 }
 SPELLINGS = {  # in the older fields of metadata, where SPDX was not asked for
     "Apache Software License": "Apache-2.0",
@@ -32,6 +32,7 @@ SPELLINGS = {  # in the older fields of metadata, where SPDX was not asked for
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "Other/Proprietary License": "proprietary",
     "Python Software Foundation License": "PSF-2.0",
+    "The Unlicense (Unlicense)": "Unlicense",
 }
 FILES = "MPL-2.0 binds who passes on changed files of it; we change none, and ship none"
 NVIDIA = "NVIDIA's own terms; an extra that a user chooses; no file of it is in this package"
@@ -44,6 +45,7 @@ EXCEPTIONS = {  # package, which may be a pattern: why it is used all the same
     "nvidia-*": CUDA,
     "onnxruntime-qnn": "the libraries of QNN in it are under Qualcomm's own terms (Qualcomm_LICENSE.pdf). An extra, as TensorRT is",
     "pathspec": f"{FILES}. A tool of mypy",
+    "sigstore-models": "its metadata states none; the licence in it is MIT. An extra brings it",
     "tensorrt-rtx-cu13*": NVIDIA,
     "tqdm": FILES,
     "triton": "MIT; what the plain torch brings on Linux",

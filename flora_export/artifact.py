@@ -7,7 +7,7 @@ import ctypes
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,10 @@ ENGINE = "model.engine"  # of a compiled backend
 LAYERS = "engine.json"  # what that engine is made of
 GOLDEN = "golden.safetensors"
 IR, IR_DATA = "openvino_model.xml", "openvino_model.bin"
+PROVENANCE = "provenance.json"  # what it was built from, and how (trust/statement.py)
 REPORT = "report.json"  # of the build's verification; the manifest holds no hash of it, so that builds stay byte-identical
+BOM, SIGNATURE = "bom.cdx.json", "model.sig"  # made of a whole artifact, after its manifest
+UNLISTED = frozenset({MANIFEST, REPORT, BOM, SIGNATURE})  # files that the manifest has no hash of
 
 OTHER_WEIGHTS = {"hf": frozenset({INDEX}), "openvino": frozenset({IR, IR_DATA})}  # of a backend whose weights are not in an ONNX graph
 
@@ -114,13 +117,22 @@ def open_artifact(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
-def seal(path: Path, manifest: Manifest) -> Artifact:
-    """Add the hash and size of every file to the manifest and write it: the last step of a build."""
-    names = sorted(file.name for file in path.iterdir() if file.is_file() and file.name not in (MANIFEST, REPORT))
-    files = {name: {"sha256": file_sha256(path / name), "bytes": (path / name).stat().st_size} for name in names}
-    sealed = dataclasses.replace(manifest, files=files)
+def seal(path: Path, manifest: Manifest, provenance: Callable[[Manifest], str] | None = None) -> Artifact:
+    """Add the hash and size of every file to the manifest and write it: the last step of a build.
+
+    `provenance` makes the text of provenance.json from a manifest that has all other files; it is written, and hashed, after these.
+    """
+    names = sorted(file.name for file in path.iterdir() if file.is_file() and file.name not in UNLISTED)
+    sealed = dataclasses.replace(manifest, files={name: _facts(path / name) for name in names})
+    if provenance is not None:
+        (path / PROVENANCE).write_text(provenance(sealed), encoding="utf-8")
+        sealed = dataclasses.replace(sealed, files=sealed.files | {PROVENANCE: _facts(path / PROVENANCE)})
     (path / MANIFEST).write_text(sealed.to_json(), encoding="utf-8")
     return Artifact(path, sealed)
+
+
+def _facts(file: Path) -> dict[str, str | int]:
+    return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
 
 
 def changed_files(artifact: Artifact) -> list[str]:

@@ -148,13 +148,13 @@ def checked(record: Any) -> Any:
     for name, kind in _HINTS[type(record)].items():
         value = getattr(record, name)
         known = value in _VALUES[name] if isinstance(record, Manifest) and name in _VALUES else True
-        if not known or not _fits(value, kind):
+        if not known or not fits(value, kind):
             raise ValueError(f"{type(record).__name__}.{name} is {value!r:.200}")
     if isinstance(record, Manifest):
         places = [(name, getattr(record, name), inside) for name, inside in _INSIDE.items()]
         for name, given, inside in (*places, *((f"files[{name!r}]", known, _FILE) for name, known in record.files.items())):
             for key, kind in inside.items():
-                if not _fits(given[key], kind):
+                if not fits(given[key], kind):
                     raise ValueError(f"Manifest.{name} has {key} {given[key]!r:.200}")
         if record.align < 1 or record.cache_tokens < 0:
             raise ValueError(f"Manifest has align {record.align} and cache_tokens {record.cache_tokens}")
@@ -164,18 +164,18 @@ def checked(record: Any) -> Any:
 _HINTS = {cls: typing.get_type_hints(cls) for cls in (Manifest, Quantization, Bank, *RECORDS.values())}
 
 
-def _fits(value: Any, kind: Any) -> bool:  # noqa: PLR0911  # a line for each type
+def fits(value: Any, kind: Any) -> bool:  # noqa: PLR0911  # a line for each type
     """Whether a value of JSON is of an annotated type. Numbers must be finite, and whole ones have 64 bits."""
     inner = typing.get_args(kind)
     match typing.get_origin(kind) or kind:
         case typing.Any:
             return True
         case types.UnionType:
-            return any(_fits(value, each) for each in inner)
+            return any(fits(value, each) for each in inner)
         case builtins.dict:
-            return isinstance(value, dict) and all(_fits(key, inner[0]) and _fits(each, inner[1]) for key, each in value.items())
+            return isinstance(value, dict) and all(fits(key, inner[0]) and fits(each, inner[1]) for key, each in value.items())
         case builtins.list | builtins.tuple as sequence:
-            return isinstance(value, sequence) and all(_fits(each, inner[0]) for each in value)
+            return isinstance(value, sequence) and all(fits(each, inner[0]) for each in value)
         case builtins.bool:
             return isinstance(value, bool)
         case builtins.int:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import REPORT, Artifact, open_artifact, seal, staged, writing
+from flora_export.artifact import REPORT, SIGNATURE, Artifact, open_artifact, seal, staged, writing
 from flora_export.backends import Progress, backend_of, load_backend
 from flora_export.base_model import BaseModel
 from flora_export.capture import capture
@@ -21,6 +21,8 @@ from flora_export.methods import load_bank, load_sources
 from flora_export.methods.bank import BankOptions
 from flora_export.passes import fuse_adapter, operator_counts
 from flora_export.proof import check_ledger
+from flora_export.trust.signature import Key, signing_with, write_signature
+from flora_export.trust.statement import statement
 from flora_export.verify.bank import verify_bank
 from flora_export.verify.parity import VerifyOptions, environment, first_divergence, golden_prompts, replayed, verify_numerics
 from flora_export.verify.report import Report
@@ -42,6 +44,27 @@ class BuildOptions:
     bank: BankOptions | None = None  # several adapters that stay apart, the checkpoint the first of them
     settings: Any = None  # the backend's own options, as its `options` makes them; None: their defaults
     quick: bool = False  # verify on the prompts together alone
+    sign: Key | None = None  # what the output is signed with
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the output depends on, as JSON for its provenance; `reproduce` reads it. Adapters are there by their digests."""
+        apart = ("force", "weighted", "bank", "settings", "sign")
+        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in apart}
+        bank = None if self.bank is None else {"layout": self.bank.layout, "slots": self.bank.slots}
+        names = [] if self.bank is None else [name for name, _ in self.bank.members]
+        return said | {"weights": [w for _, w in self.weighted], "bank": bank, "names": names, "settings": _chosen(self.settings)}
+
+
+def _chosen(settings: Any) -> dict[str, Any]:
+    """A backend's options where they are not its defaults. Where a cache is kept changes nothing, and is this machine's own."""
+    silent = settings if settings is None else type(settings)()
+    chosen = {}
+    for name in () if settings is None else [f.name for f in dataclasses.fields(settings) if f.name not in ("timing_cache", "cache")]:
+        value = getattr(settings, name)
+        if value != getattr(silent, name):
+            chosen[name] = _chosen(value) if dataclasses.is_dataclass(value) else value
+    return chosen
 
 
 def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:
@@ -52,6 +75,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
     Raises:
         FloraExportError: its subclasses say what failed; `VerificationError` carries the causes.
     """
+    signing = None if options.sign is None else signing_with(options.sign)  # a key that is none is said before the work
     with staged(output, force=options.force) as directory:
         progress("reading the checkpoint", 0, 1)
         if options.bank is None:
@@ -85,7 +109,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
                 progress,
             )
         with writing(output):
-            artifact = seal(directory, artifact.manifest)
+            artifact = seal(directory, artifact.manifest, partial(statement, parameters=options.parameters))
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
         report = dataclasses.replace(report, ledger=ledger) if report is not None else Report(ledger)
@@ -95,6 +119,8 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
             raise VerificationError(report.to_text(), report.to_dict())
         with writing(output):
             (directory / REPORT).write_text(report.to_json(), encoding="utf-8")
+            if signing is not None:
+                write_signature(directory, signing, directory / SIGNATURE)
     return Artifact(output, artifact.manifest), report
 
 

@@ -18,6 +18,7 @@ from flora_export.generate import encode, end_tokens
 from flora_export.pipeline import BuildOptions, build
 from flora_export.refill import refill
 from flora_export.scratch import Scratch
+from flora_export.trust.signature import Signer, check_signature
 from flora_export.verify.golden import allowed_error, recorded_prompts, replay
 from flora_export.verify.parity import VerifyOptions
 from flora_export.verify.prompts import PROMPTS, load_tokenizer
@@ -33,6 +34,18 @@ class Published:
     version: int
     former: int | None
     models: tuple[str, ...]
+
+
+def publish_signed(path: Path, signer: Signer, repo: Path, serving: Serving, progress: Progress) -> Published:
+    """`publish` of what a signer vouches for: the signature is checked before anything else of the directory is read.
+
+    Raises:
+        VerificationError: it is unsigned, or not as it was signed; the repository is as it was.
+        FloraExportError: as `check_signature` and `publish`.
+    """
+    progress("checking the signature", 0, 1)
+    check_signature(path, signer)
+    return publish(open_artifact(path), repo, serving, progress)
 
 
 def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress, *, after: int | None = None) -> Published:

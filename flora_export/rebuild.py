@@ -9,7 +9,9 @@ from typing import Any
 
 from flora_export.artifact import (
     GOLDEN,
-    MANIFEST,
+    PROVENANCE,
+    REPORT,
+    UNLISTED,
     Artifact,
     changed_files,
     link_or_copy,
@@ -63,7 +65,7 @@ def rebuild(path: Path, given: Mapping[str, Any], progress: Progress) -> tuple[A
 
 
 def _share(source: Path, directory: Path, compiled: Sequence[str]) -> None:
-    """The files that stay, as hard links where the file system has them."""
+    """The files that stay, as hard links where the file system has them. What vouches for the old engine does not."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in (*compiled, MANIFEST):
+        if file.is_file() and file.name not in {*compiled, PROVENANCE, *UNLISTED} - {REPORT}:
             link_or_copy(file, directory / file.name)

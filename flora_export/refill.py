@@ -11,8 +11,9 @@ import numpy as np
 from flora_export.artifact import (
     DATA,
     GOLDEN,
-    MANIFEST,
+    PROVENANCE,
     REPORT,
+    UNLISTED,
     Artifact,
     changed_files,
     link_or_copy,
@@ -68,7 +69,7 @@ def _refill(
     slot = free_slot(bank, name)
     with staged(output, force=force) as directory:
         with writing(output):
-            for file in (old.path / each for each in old.manifest.files if each not in (MANIFEST, REPORT)):
+            for file in (old.path / each for each in old.manifest.files.keys() - {PROVENANCE, *UNLISTED}):
                 (shutil.copyfile if file.name == DATA else link_or_copy)(file, directory / file.name)
             entries = _write(Artifact(directory, old.manifest), adapter, slot)
         artifact = Artifact(directory, _restated(old.manifest, name, slot, adapter, entries), slot)

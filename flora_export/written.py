@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from flora_export.artifact import DATA, IR, MANIFEST, MODEL, REPORT, Artifact
+from flora_export.artifact import DATA, IR, MODEL, UNLISTED, Artifact
 from flora_export.errors import ArtifactError
 from flora_export.ledger import load_graph
 from flora_export.openvino_ir import read_constants
@@ -32,7 +32,7 @@ def read_written(artifact: Artifact) -> tuple[Tensors, str, list[str]]:
 
 def _strangers(artifact: Artifact) -> list[str]:
     """Loaders of a checkpoint or an IR look for files by name, so one that was not built can come before those that were."""
-    known = {*artifact.manifest.files, MANIFEST, REPORT}
+    known = {*artifact.manifest.files, *UNLISTED}
     return [f"{file.name} was not built, and a loader may take it" for file in artifact.path.iterdir() if file.name not in known]
 
 

@@ -36,6 +36,7 @@ FLOORS = {
     "flora_export.shards": 4,
     "flora_export.capture": 4,
     "flora_export.formulas": 4,
+    "flora_export.trust": 5,
     "flora_export.reference": 5,
     "flora_export.convert": 5,
     "flora_export.openvino_ir": 5,
@@ -58,6 +59,7 @@ FLOORS = {
     "flora_export.runtime": 10,
     "flora_export.refill": 10,
     "flora_export.publish": 11,
+    "flora_export.reproduce": 11,
     "flora_export.cli": 12,
 }
 PROGRAM = "flora_export.backends.triton.program."

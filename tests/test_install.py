@@ -23,8 +23,10 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-PACKAGE_OF = {"mobius": "mobius-onnx", "tensorrt_rtx": "tensorrt-rtx-cu13"}  # where the two have different names
-CARRIED = {"google", "tokenizers"}  # by a package that is not itself without them: protobuf by onnx, tokenizers by transformers
+# Where the two have different names.
+PACKAGE_OF = {"cyclonedx": "cyclonedx-python-lib", "mobius": "mobius-onnx", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+# By a package that is not itself without them: protobuf by onnx, tokenizers by transformers, packageurl by cyclonedx.
+CARRIED = {"google", "tokenizers", "packageurl"}
 SERVER_SIDE = {"program", "triton_python_backend_utils"}  # imported by the program in a Triton repository, beside it
 STAMPS = ("demo", "serve", "bench", "accuracy", "test")
 LOCKS = {path.stem: read(path) for path in REQUIREMENTS.glob("*.txt") if path.stem != "excluded"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 import time
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flora_export.artifact import Artifact, open_artifact
+from flora_export.artifact import PROVENANCE, Artifact, open_artifact
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.bank import COLUMNS, STACK
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError, VerificationError
+from flora_export.manifest import Manifest
 from flora_export.pipeline import BuildOptions, VerifyOptions, build, verify
 from flora_export.refill import refill
 from flora_export.runtime import Session
@@ -218,21 +220,28 @@ def test_a_runtime_that_copies_the_adapters_is_noticed(adapters: Adapters, base:
         Session(out.path)
 
 
+def without_provenance(manifest: Manifest) -> Manifest:
+    return dataclasses.replace(manifest, files={name: known for name, known in manifest.files.items() if name != PROVENANCE})
+
+
 def test_an_artifact_is_refilled(served: Artifact, adapters: Adapters, base: Path, tmp_path: Path) -> None:
-    """A third adapter into the empty slot, then another in its place: each is what a build from the same adapters is, byte for byte."""
+    """A third adapter into the empty slot, then another in its place: each is what a build from the same adapters is, byte for byte.
+
+    But for the provenance: no build has made it.
+    """
     out, before = tmp_path / "out", open_artifact(served.path)
     artifact, report = refill(served.path, "third", adapters["third"], str(base), out, VerifyOptions(), silent, force=False)
     assert report.verified and artifact.manifest.bank is not None and artifact.manifest.bank.names == NAMES
     built = make_bank(adapters, base, tmp_path / "built", STACK, slots=3)
-    assert {**artifact.manifest.files} == {**built.manifest.files}
-    assert open_artifact(out).manifest == open_artifact(built.path).manifest
+    assert PROVENANCE not in artifact.manifest.files and PROVENANCE not in {file.name for file in out.iterdir()}
+    assert open_artifact(out).manifest == without_provenance(open_artifact(built.path).manifest)
     paths = [adapters[name] for name in NAMES]
     assert verify(out, paths[0], str(base), VerifyOptions(others=tuple(paths[1:])), silent).verified
     refill(out, "first", adapters["second"], str(base), out, VerifyOptions(), silent, force=True)
     other = make_bank({**adapters, "first": adapters["second"]}, base, tmp_path / "other", STACK, slots=3)
-    assert open_artifact(out).manifest == other.manifest
+    assert open_artifact(out).manifest == without_provenance(other.manifest)
     refill(out, "first", adapters["first"], str(base), out, VerifyOptions(), silent, force=True)
-    assert open_artifact(out).manifest == built.manifest
+    assert open_artifact(out).manifest == without_provenance(built.manifest)
     refill(out, "second", adapters["third"], str(base), out, VerifyOptions(), silent, force=True)
     assert verify(out, paths[0], str(base), VerifyOptions(others=(paths[2], paths[2])), silent).verified
     assert open_artifact(served.path) == before and verify(served.path, None, None, VerifyOptions(), silent).verified

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flora_export.ledger import change_records
 from flora_export.manifest import BlockRecord, LedgerEntry, Manifest, Tensor
@@ -36,7 +36,7 @@ def describe(
         cache_tokens=fused.cache_tokens,
         padding=padding,
         verified=False,
-        versions=versions | {package: _version(package) for package in PACKAGES},
+        versions=versions | installed(PACKAGES),
         base={"name": str(checkpoint.config.get("base_model_name_or_path") or base.config.get("model_type")), "files": base.digests},
         checkpoint={
             "digest": checkpoint.digest,
@@ -55,6 +55,11 @@ def describe(
         merge=not checkpoint.detours,
         bank=checkpoint.bank,
     )
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Their versions; "unknown" of one that is not installed."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:

@@ -20,6 +20,7 @@ from flora_export.cli.quantize_base import quantize_base
 from flora_export.cli.rebuild import rebuild
 from flora_export.cli.stopping import Commands
 from flora_export.cli.triton import triton
+from flora_export.cli.trust import bom, reproduce, sign
 from flora_export.cli.verify import verify
 
 
@@ -30,4 +31,6 @@ def main() -> None:
 
 
 for command in (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, set_adapter, triton, publish_adapter):
+    main.add_command(command)
+for command in (sign, bom, reproduce):
     main.add_command(command)

@@ -50,6 +50,7 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 @quantization_options
 @loss_option
 @engine_options
+@click.option("--sign", type=DIRECTORY, metavar="PEM", help="Sign the output with this private key, as `sign` does: it appears signed.")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @json_option
 @click.pass_context
@@ -73,21 +74,40 @@ def build(
     slots: int | None,
     align: int | None,
     max_quantization_loss: float | None,
+    sign: Path | None,
     force: bool,
     as_json: bool,
     **settings: object,
 ) -> None:
     """Build an artifact from the adapter CKPT; from several, a bank, of which each request chooses its own."""
+    if sign is not None and backend in PUBLISHED:
+        raise click.UsageError(f"--backend {backend} leaves nothing to sign: build, sign, and publish with `triton OUT REPO --signer`.")
 
     def run() -> int:
         let_threads_sleep()
         from flora_export import pipeline
+        from flora_export.trust.signature import Key
 
         own = load_backend(PUBLISHED.get(backend, backend)).options(given_options(context, settings))
         bank = bank_of(ckpts, names, layout, slots, adapters)
         first, weighted = (ckpts[0], ()) if bank is not None else weighted_adapters(ckpts[0], adapters)
+        key = None if sign is None else Key(sign)
         options = pipeline.BuildOptions(
-            backend, target, precision, fuse, verify, allow_vacuous, force, merge, align, max_quantization_loss, weighted, bank, own, quick
+            backend,
+            target,
+            precision,
+            fuse,
+            verify,
+            allow_vacuous,
+            force,
+            merge,
+            align,
+            max_quantization_loss,
+            weighted,
+            bank,
+            own,
+            quick,
+            key,
         )
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flora_export.cli.common import DIRECTORY, json_option, print_json, progress, run_command
+from flora_export.cli.trust import signer_of, signer_options
 
 if TYPE_CHECKING:
     from flora_export.publish import Published
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--rollback", is_flag=True, help="Make the version before the live one live again; takes REPO alone.")
 @click.option("--to", type=click.IntRange(min=1), metavar="N", help="Make version N live; takes REPO alone.")
 @click.option("--check", is_flag=True, help="Check configurations and files without a server; takes REPO alone.")
+@signer_options
 @json_option
 def triton(
     paths: tuple[Path, ...],
@@ -42,6 +44,8 @@ def triton(
     rollback: bool,
     to: int | None,
     check: bool,
+    signer: Path | None,
+    signer_ca: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Publish the artifact OUT as the next version in the Triton model repository REPO. It goes live once its golden vectors replay."""
@@ -50,7 +54,9 @@ def triton(
         raise click.UsageError("--rollback, --to and --check exclude each other.")
     if len(paths) != (1 if action else 2):
         raise click.UsageError("--rollback, --to and --check take REPO alone." if action else "Give OUT and REPO.")
-    repo = paths[-1]
+    repo, wanted = paths[-1], signer_of(signer, signer_ca)
+    if wanted is not None and action:
+        raise click.UsageError("--signer and --signer-ca are for publishing OUT: versions in REPO hold no signature.")
 
     def run() -> int:
         from flora_export import publish as publishing
@@ -71,7 +77,10 @@ def triton(
             done = publishing.roll_back(repo, to)
         else:
             serving = Serving(instances, max_batch, concurrent, threads, max_queue, check_files, max_tokens)
-            done = publishing.publish(open_artifact(paths[0]), repo, serving, progress())
+            if wanted is not None:
+                done = publishing.publish_signed(paths[0], wanted, repo, serving, progress())
+            else:
+                done = publishing.publish(open_artifact(paths[0]), repo, serving, progress())
         say_published(repo, done, as_json)
         return 0
 

@@ -21,6 +21,7 @@ from flora_export.cli.common import (
     weighted_adapters,
 )
 from flora_export.cli.quantization_options import loss_option
+from flora_export.cli.trust import signer_of, signer_options
 
 
 @click.command()
@@ -42,6 +43,7 @@ from flora_export.cli.quantization_options import loss_option
 @click.option("--report", type=DIRECTORY, metavar="FILE", help="Write the report: a page where the name ends in .html, else JSON.")
 @click.option("--markdown", type=DIRECTORY, metavar="FILE", help="Write a short comment for a pull request.")
 @click.option("--junit", type=DIRECTORY, metavar="FILE", help="Write test cases as JUnit XML.")
+@signer_options
 @json_option
 def verify(
     out: Path,
@@ -56,9 +58,12 @@ def verify(
     report: Path | None,
     markdown: Path | None,
     junit: Path | None,
+    signer: Path | None,
+    signer_ca: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Verify the artifact OUT: its bytes, and its numbers against eager PyTorch."""
+    """Verify the artifact OUT: its signature where one is asked for, its bytes, and its numbers against eager PyTorch."""
+    wanted = signer_of(signer, signer_ca)
 
     def run() -> int:
         let_threads_sleep()
@@ -73,6 +78,10 @@ def verify(
             raise click.UsageError("--quick needs --ckpt: golden vectors are all replayed.")
         if adapters and not ckpts:
             raise click.UsageError("--adapter needs --ckpt: it is added to that.")
+        if wanted is not None:  # before anything else of OUT is read
+            from flora_export.trust.signature import check_signature
+
+            check_signature(out, wanted)
         first, weighted = weighted_adapters(ckpts[0], adapters) if ckpts else (None, ())
         options = VerifyOptions(
             allow_vacuous,
