@@ -36,6 +36,7 @@ FLOORS = {
     "flora_export.shards": 4,
     "flora_export.capture": 4,
     "flora_export.formulas": 4,
+    "flora_export.mapped": 4,
     "flora_export.trust": 5,
     "flora_export.reference": 5,
     "flora_export.convert": 5,

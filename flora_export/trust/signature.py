@@ -160,4 +160,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
     text = " ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split())
-    return re.sub(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'(?=\")", "", text)[:600].removesuffix(":")  # raw bytes
+    # Of a digest that differs it gives the raw bytes, quoted as they need it: its file is enough.
+    differing = re.findall(r"Hash mismatch for '(.+?)': Expected", text.replace("\\'", "'"))
+    return f"hash mismatch for {', '.join(map(repr, differing))}"[:600] if differing else text[:600].removesuffix(":")
