@@ -117,13 +117,13 @@ def _plan(content: Any, home: Path, output: Path | None) -> Plan:
     if type(content["version"]) is not int or content["version"] != VERSION:
         raise _Wrong(f"version is {_shown(content['version'])}, but this reads {VERSION}")
     base = _text(content["base"], "base")
-    if (home / Path(base).expanduser()).is_dir():  # else the name of a hub repository
-        base = str(home / Path(base).expanduser())
+    if _path(home, base).is_dir():  # else the name of a hub repository
+        base = str(_path(home, base))
     if output is None:
         if "output" not in content:
             raise _Wrong("names no output: add `output: DIR`, or pass --output DIR")
-        output = home / Path(_text(content["output"], "output")).expanduser()
-    output = output.absolute()
+        output = _path(home, _text(content["output"], "output"))
+    output = output.resolve()
     adapters, targets = _adapters(content["adapters"], home), content["targets"]
     if not isinstance(targets, dict) or not targets:
         raise _Wrong("targets must be names, each with its options, as `cpu: {backend: onnxruntime}`")
@@ -133,10 +133,8 @@ def _plan(content: Any, home: Path, output: Path | None) -> Plan:
     jobs = []
     for adapter, checkpoint in adapters.items():
         for target, (options, template) in checked.items():
-            repository = None
-            if template is not None:
-                filled = template.replace("{adapter}", adapter).replace("{target}", target)
-                repository = (home / Path(filled).expanduser()).resolve()
+            filled = template and template.replace("{adapter}", adapter).replace("{target}", target)
+            repository = _path(home, filled) if filled else None
             jobs.append(Job(adapter, target, checkpoint, base, output / adapter / target, options, repository))
     _check_apart(jobs)
     return Plan(base, output, tuple(jobs))
@@ -145,23 +143,30 @@ def _plan(content: Any, home: Path, output: Path | None) -> Plan:
 def _adapters(found: Any, home: Path) -> dict[str, Path]:
     """Each adapter's directory by its name: as the plan names it, or in a list of paths and globs as the directory is named."""
     if isinstance(found, dict):
-        adapters = {_name(name, "adapters"): home / _text(path, f"adapters.{name}") for name, path in found.items()}
+        adapters = {_name(name, "adapters"): _path(home, _text(path, f"adapters.{name}")) for name, path in found.items()}
     elif isinstance(found, list):
         adapters = {}
         for pattern in (_text(entry, "adapters") for entry in found):
-            paths = sorted(path for path in _glob(home, pattern) if path.is_dir()) if any(c in pattern for c in "*?[") else [home / pattern]
+            paths = sorted(path for path in _glob(home, pattern) if path.is_dir()) if any(c in pattern for c in "*?[") else [Path(pattern)]
             if not paths:
                 raise _Wrong(f"adapters: no directory is named as {_shown(pattern)}")
             for path in paths:
                 name = _name(path.name, "adapters")
                 if name in adapters:
                     raise _Wrong(f"adapters: {adapters[name]} and {path} would both be {name}; name them: `adapters: {{NAME: DIR}}`")
-                adapters[name] = path
+                adapters[name] = _path(home, str(path))
     else:
         raise _Wrong(f"adapters is {_shown(found)}, but must be names with their directories, or a list of directories and globs")
     if not adapters:
         raise _Wrong("adapters is empty")
     return adapters
+
+
+def _path(home: Path, text: str) -> Path:
+    try:
+        return (home / Path(text).expanduser()).resolve()
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle, a user that is not there
+        raise _Wrong(f"{_shown(text)} is no path ({error})") from error
 
 
 def _glob(home: Path, pattern: str) -> list[Path]:
