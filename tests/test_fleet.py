@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,7 @@ from flora_export.fleet import worker
 from flora_export.fleet.engine import Cluster
 from flora_export.fleet.plan import Job, read_plan
 from flora_export.fleet.run import Fleet, run_fleet
-from flora_export.fleet.state import Outcome, holding
+from flora_export.fleet.state import Outcome, holding, inputs_of
 from flora_export.fleet.worker import Task, do
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
@@ -243,3 +244,18 @@ def test_what_has_changed_is_done_again_and_nothing_else(monkeypatch: pytest.Mon
     assert did() == ["build one/serve"]
     assert [path.name for path in (tmp_path / "repos/one/decoder").iterdir() if path.name.isdecimal()] == ["1"]  # it was live already
     assert did(targets={"serve": serve["serve"] | {"fuse": "forward"}}) == ["build one/serve", "build two/serve"]
+
+
+def test_the_example_is_a_plan_for_the_adapters_that_it_makes(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples" / "10_fleet"
+    copy = tmp_path / "examples" / "10_fleet"
+    copy.mkdir(parents=True)
+    shutil.copyfile(example / "plan.yaml", copy / "plan.yaml")
+    makes = runpy.run_path(str(example / "make_adapters.py"))
+    makes["main"](tmp_path / "out" / "fleet")
+    plan = read_plan(copy / "plan.yaml")
+    assert [job.name for job in plan.jobs] == [f"{name}/{target}" for name in sorted(makes["NAMES"]) for target in ("cpu", "plain")]
+    weights = {(job.checkpoint / "adapter_model.safetensors").read_bytes() for job in plan.jobs}
+    assert len(weights) == len(makes["NAMES"])
+    inputs = inputs_of(plan)
+    assert len(set(inputs.values())) == len(plan.jobs)

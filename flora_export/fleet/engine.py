@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import tempfile
 import threading
 from collections import Counter, deque
@@ -27,7 +28,9 @@ from flora_export.scratch import Scratch
 
 STORE = 80 * 2**20  # bytes, near the least that Ray takes: nothing large goes through it
 LONGEST = 24  # characters of a directory that Ray's sockets may lie in: the system allows 107 with what Ray adds
+STARTS = 3  # how often it is tried to start Ray, which gives up after 30 s: on a machine that is busy with other things it takes longer
 RETRIES = 2
+_STARTED = "started"
 
 
 @dataclass(frozen=True)
@@ -55,30 +58,42 @@ def outcomes(tasks: Sequence[Task], cluster: Cluster, work: Work = do) -> Genera
     Raises:
         BackendError: Ray is not there, does not start, or there is no cluster at the address.
     """
-    found: queue.SimpleQueue[Outcome | Exception | None] = queue.SimpleQueue()
+    found: queue.SimpleQueue[Outcome | BaseException | str | None] = queue.SimpleQueue()
     stop = threading.Event()
 
     def drive() -> None:
         try:
             with ExitStack() as stack:
                 ray, workers = _start(cluster, len(tasks), stack)
+                found.put(_STARTED)
                 for outcome in _schedule(ray, tasks, workers, cluster.retries, work, stop):
                     found.put(outcome)
-        except Exception as error:
+        except BaseException as error:
             found.put(error)
-        finally:
+        else:
             found.put(None)
 
     thread = threading.Thread(target=drive, name="fleet")
     thread.start()
     try:
         while (item := found.get()) is not None:
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
-            yield item
+            if isinstance(item, Outcome):
+                yield item
+            else:
+                _handle_signals_ourselves()
     finally:
         stop.set()
         thread.join()
+
+
+def _handle_signals_ourselves() -> None:
+    """Take signals back from Ray's libraries, which would print a stack before they pass one on."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def _start(cluster: Cluster, tasks: int, stack: ExitStack) -> tuple[Any, int]:
@@ -108,15 +123,15 @@ def _start(cluster: Cluster, tasks: int, stack: ExitStack) -> tuple[Any, int]:
             temp = Path(tempfile.gettempdir())
             scratch = stack.enter_context(Scratch("flora-ray-", temp if len(str(temp)) <= LONGEST else Path("/tmp")))
             stack.callback(ray.shutdown)  # called before the directory goes
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=STORE,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=scratch,
-                **quiet,
-            )
+            alone = {"include_dashboard": False, "object_store_memory": STORE, "_node_ip_address": "127.0.0.1", "_temp_dir": scratch}
+            for left in reversed(range(STARTS)):
+                try:
+                    ray.init(address="local", num_cpus=workers, **alone, **quiet)
+                    break
+                except Exception:
+                    ray.shutdown()
+                    if not left:
+                        raise
     except Exception as error:  # Ray has many kinds, and builtin ones
         where = f"no Ray cluster answers at {cluster.address}" if cluster.address else "Ray does not start on this machine"
         raise BackendError(f"{where} ({type(error).__name__}: {str(error)[:500]})") from error
