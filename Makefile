@@ -17,7 +17,7 @@ ADAPTER := examples/01_train_ffba/adapter
 LLAMA_CPP := $(VENV)/llama.cpp
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies \
+.PHONY: demo serve fleet test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies \
 	server-dependencies locks licences audit clean
 
 demo: $(BASE)
@@ -39,6 +39,12 @@ serve: $(VENV)/installed-serve $(SERVER) out/demo/manifest.json
 
 out/demo/manifest.json: | $(BASE)
 	$(BIN)/flora-export build $(ADAPTER) --base $(BASE) --backend onnxruntime --output out/demo
+
+# Tiny adapters for two targets, on workers that Ray starts here; and once more, where all is kept.
+fleet: $(VENV)/installed-fleet
+	$(BIN)/python examples/10_fleet/make_adapters.py out/fleet
+	$(BIN)/flora-export fleet examples/10_fleet/plan.yaml --report out/fleet/report.html
+	$(BIN)/flora-export fleet examples/10_fleet/plan.yaml
 
 test: lint types $(BASE) $(SERVER) $(LLAMA_CPP) cpp-dependencies browser-dependencies server-dependencies
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -105,10 +111,11 @@ train: $(BASE)
 # One environment: what the demo needs, and beside it, for other targets, the extras that pyproject.toml explains. In any order, each once.
 EXTRAS_demo := cpu examples
 EXTRAS_serve := cpu triton
+EXTRAS_fleet := cpu triton fleet
 EXTRAS_bench := cpu tensorrt-rtx genai
 EXTRAS_accuracy := cpu accuracy report
-EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton trust report accuracy examples dev
-OTHERS := $(addprefix $(VENV)/installed-,serve bench accuracy)
+EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton fleet trust report accuracy examples dev
+OTHERS := $(addprefix $(VENV)/installed-,serve fleet bench accuracy)
 
 $(VENV)/installed-demo: pyproject.toml requirements/demo.txt requirements/torch-cpu.txt requirements/torch.txt
 	$(PYTHON) -m venv $(VENV)
@@ -127,7 +134,7 @@ LOCK_PROJECT = $(LOCK) pyproject.toml $(addprefix --extra ,$(EXTRAS_$(1))) requi
 	--excludes requirements/excluded.txt --no-emit-package torch
 locks: $(VENV)/installed-test
 	$(call LOCK_PROJECT,test)
-	$(foreach stamp,demo serve bench accuracy,$(call LOCK_PROJECT,$(stamp)) --constraint requirements/test.txt &&) true
+	$(foreach stamp,demo serve fleet bench accuracy,$(call LOCK_PROJECT,$(stamp)) --constraint requirements/test.txt &&) true
 	echo torch | $(call LOCK,torch) - --constraint constraints.txt --constraint requirements/test.txt
 	grep -o '^[^# ]*==[^ ]*' requirements/test.txt | grep -v ^numpy= | $(call LOCK,triton-python) requirements/triton-python.in --constraint -
 	$(foreach package,tritonserver llama-cpp,$(call LOCK,$(package)) --no-deps requirements/$(package).in &&) true

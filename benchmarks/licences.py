@@ -25,6 +25,8 @@ SPELLINGS = {  # in the older fields of metadata, where SPDX was not asked for
     "Apache Software License": "Apache-2.0",
     "Apache 2.0 License": "Apache-2.0",
     "Apache License": "Apache-2.0",
+    "Apache 2.0": "Apache-2.0",
+    "Apache": "Apache-2.0",  # kubernetes-validate, whose text is of 2.0
     "BSD License": "BSD-3-Clause",
     "3-Clause BSD License": "BSD-3-Clause",
     "ISC License (ISCL)": "ISC",

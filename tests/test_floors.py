@@ -61,7 +61,8 @@ FLOORS = {
     "flora_export.refill": 10,
     "flora_export.publish": 11,
     "flora_export.reproduce": 11,
-    "flora_export.cli": 12,
+    "flora_export.fleet": 12,
+    "flora_export.cli": 13,
 }
 PROGRAM = "flora_export.backends.triton.program."
 
@@ -113,7 +114,7 @@ HEAVY = ("torch", "transformers", "peft", "onnxruntime", "onnx_ir", "mobius", "n
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["build", "--help"], ["bench", "--help"], ["inspect", "--help"], ["triton", "--help"], ["--version"]]
+    "arguments", [["--help"], *([c, "--help"] for c in ("build", "bench", "inspect", "triton", "fleet")), ["--version"]]
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -24,11 +24,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # Where the two have different names.
-PACKAGE_OF = {"cyclonedx": "cyclonedx-python-lib", "mobius": "mobius-onnx", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+PACKAGE_OF = {"cyclonedx": "cyclonedx-python-lib", "mobius": "mobius-onnx", "tensorrt_rtx": "tensorrt-rtx-cu13", "yaml": "pyyaml"}
 # By a package that is not itself without them: protobuf by onnx, tokenizers by transformers, packageurl by cyclonedx.
 CARRIED = {"google", "tokenizers", "packageurl"}
 SERVER_SIDE = {"program", "triton_python_backend_utils"}  # imported by the program in a Triton repository, beside it
-STAMPS = ("demo", "serve", "bench", "accuracy", "test")
+STAMPS = ("demo", "serve", "fleet", "bench", "accuracy", "test")
 LOCKS = {path.stem: read(path) for path in REQUIREMENTS.glob("*.txt") if path.stem != "excluded"}
 LOCKED_TOGETHER = (*STAMPS, "torch")  # for one environment
 
@@ -89,6 +89,7 @@ def stamp(venv: Path, *names: str) -> None:
     [
         ("demo", []),
         ("serve", ["serve"]),
+        ("fleet", ["fleet"]),
         ("bench", ["bench"]),
         ("accuracy", ["accuracy"]),
         ("readme-tables", []),
@@ -101,7 +102,7 @@ def test_each_target_installs_what_it_needs(venv: Path, goal: str, expected: lis
     assert installs(goal, venv) == expected
 
 
-@pytest.mark.parametrize("goal", ["demo", "serve", "bench", "accuracy", "lint"])
+@pytest.mark.parametrize("goal", ["demo", "serve", "fleet", "bench", "accuracy", "lint"])
 def test_after_make_test_nothing_is_installed_again(venv: Path, goal: str) -> None:
     assert [name for name in STAMPS if f"{venv}/installed-{name}" in make("lint", venv)] == list(STAMPS)
     stamp(venv, *STAMPS)

@@ -14,6 +14,7 @@ from flora_export.cli.bench import bench
 from flora_export.cli.build import build
 from flora_export.cli.convert import convert
 from flora_export.cli.explain import explain
+from flora_export.cli.fleet import fleet
 from flora_export.cli.generate import generate
 from flora_export.cli.inspect import inspect
 from flora_export.cli.quantize_base import quantize_base
@@ -30,7 +31,8 @@ def main() -> None:
     """From a PEFT adapter (FFBA, LoRA, DoRA) to a fused or merged, verified inference artifact."""
 
 
-for command in (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, set_adapter, triton, publish_adapter):
+COMMANDS = (build, verify, explain, inspect, convert, generate, bench, quantize_base, rebuild, set_adapter, triton, publish_adapter, fleet)
+for command in COMMANDS:
     main.add_command(command)
 for command in (sign, bom, reproduce):
     main.add_command(command)

@@ -6,6 +6,7 @@ import html
 import io
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from flora_export.artifact import Artifact
 from flora_export.errors import BackendError
@@ -31,13 +32,13 @@ def verify_page(report: Report, artifact: Artifact) -> str:
     manifest = artifact.manifest
     kind = "good" if report.verified else "bad" if report.causes else "unsure"
     title = f"flora-export: {artifact.path.name}: {report.verdict}"
-    causes = "".join(f"<p>{_text(cause)}</p>" for cause in report.causes[:30])
-    where = f"<p>First divergence: {_text(report.first_divergence)}</p>" if report.first_divergence else ""
+    causes = "".join(f"<p>{escaped(cause)}</p>" for cause in report.causes[:30])
+    where = f"<p>First divergence: {escaped(report.first_divergence)}</p>" if report.first_divergence else ""
     about = f"{manifest.backend}, {manifest.target}, {manifest.precision}, fused: {manifest.fuse}; base {manifest.base['name']}"
-    parts = [f'<p class="muted">{_text(about)}</p><div class="verdict {kind}"><h1>{_text(report.verdict)}</h1>{causes}{where}</div>']
+    parts = [f'<p class="muted">{escaped(about)}</p><div class="verdict {kind}"><h1>{escaped(report.verdict)}</h1>{causes}{where}</div>']
     if report.numerics is not None:
         parts += _numerics(report)
-    parts += [f"<p>{_text(heading.capitalize())}: {_text(fact)}</p>" for heading, fact in quantized_facts(report).items()]
+    parts += [f"<p>{escaped(heading.capitalize())}: {escaped(fact)}</p>" for heading, fact in quantized_facts(report).items()]
     records = [[b.block, str(b.rank), f"{b.scale:g}", b.activation, b.fusion, b.reason] for b in manifest.blocks]
     parts.append(
         f"<h2>Ledger</h2><p>{report.ledger.checked} slices checked bit for bit, {report.ledger.adapter_tensors} adapter tensors.</p>"
@@ -49,7 +50,7 @@ def verify_page(report: Report, artifact: Artifact) -> str:
     rows = [[e.tensor, e.initializer, str(e.axis), f"{e.start}:{e.stop}", f"{e.scale:g}", e.sha256[:12]] for e in manifest.ledger]
     parts.append(_folded("Tensors", ("tensor", "initializer", "axis", "slice", "scale", "SHA-256"), rows))
     parts.append(_environment(report.environment | {f"built with {k}": v for k, v in manifest.versions.items()}))
-    return _page(title, parts)
+    return page(title, parts)
 
 
 def _numerics(report: Report) -> list[str]:
@@ -85,7 +86,7 @@ def _numerics(report: Report) -> list[str]:
         f"which are what eager PyTorch in {numerics.precision} is off by."
         + (" Quick: the prompts ran as one batch, not each by itself." if numerics.quick else "")
     )
-    return [f"<h2>Numbers</h2><p>{_text(intro)}</p>", _plots(report), _table(head, rows)]
+    return [f"<h2>Numbers</h2><p>{escaped(intro)}</p>", _plots(report), table(head, rows)]
 
 
 def _figure(value: float | None) -> str:
@@ -123,8 +124,8 @@ def bench_page(result: dict[str, Any], name: str) -> str:
     budget = result["budget"]
     kind = {"pass": "good", "fail": "bad", "inconclusive": "unsure"}.get(budget["verdict"] if budget else "", "unsure")
     verdict, message = (budget["verdict"].upper(), budget["message"]) if budget else ("MEASURED", "No budget was set (--max-overhead).")
-    box = f'<div class="verdict {kind}"><h1>{_text(verdict)}</h1><p>{_text(message)}</p></div>'
-    parts = [f'<p class="muted">{_text(result["what"])}</p>{box}', _bench_plot(result)]
+    box = f'<div class="verdict {kind}"><h1>{escaped(verdict)}</h1><p>{escaped(message)}</p></div>'
+    parts = [f'<p class="muted">{escaped(result["what"])}</p>{box}', _bench_plot(result)]
     rows = []
     for m in result["measurements"]:
         interval = f"{m['ratio_interval'][0]:.3f} – {m['ratio_interval'][1]:.3f}" if m["ratio_interval"] else "–"
@@ -133,13 +134,13 @@ def bench_page(result: dict[str, Any], name: str) -> str:
         rows.append([f"{m['metric']} {m['tokens']}", m["arm"], str(m["batch"]), *numbers])
     parts.append(
         "<h2>Measurements</h2>"
-        + _table(("metric, tokens", "arm", "batch", "median ms", "p90 ms", "samples", "ratio to base", "95 % interval"), rows)
+        + table(("metric, tokens", "arm", "batch", "median ms", "p90 ms", "samples", "ratio to base", "95 % interval"), rows)
     )
     environment = {key: str(value) for key, value in result["environment"].items() if key != "versions"} | result["environment"]["versions"]
     parts.append(
         _environment({"command": result["command"], **{f"setting {k}": str(v) for k, v in result["settings"].items()}, **environment})
     )
-    return _page(f"{name}: latency", parts)
+    return page(f"{name}: latency", parts)
 
 
 def _bench_plot(result: dict[str, Any]) -> str:
@@ -188,23 +189,26 @@ def _svg(figure: Any) -> str:
     return f'<div class="plots">{text.getvalue()[text.getvalue().index("<svg") :]}</div>'
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{"".join(f"<th>{_text(cell)}</th>" for cell in head)}</tr>{cells}</table></div>'
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], links: Sequence[str] = ()) -> str:
+    """A table. `links`: where the first cell of each row leads, a relative path."""
+    first = [f'<a href="{escaped(quote(link))}">{escaped(row[0])}</a>' for row, link in zip(rows, links, strict=True)] if links else []
+    shown = [[*first[place : place + 1], *map(escaped, row[len(first) and 1 :])] for place, row in enumerate(rows)]
+    cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in shown)
+    return f'<div class="wide"><table><tr>{"".join(f"<th>{escaped(cell)}</th>" for cell in head)}</tr>{cells}</table></div>'
 
 
 def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f"<details><summary>{_text(title)} ({len(rows)})</summary>{_table(head, rows)}</details>"
+    return f"<details><summary>{escaped(title)} ({len(rows)})</summary>{table(head, rows)}</details>"
 
 
 def _environment(values: dict[str, str]) -> str:
     return "<h2>Environment</h2>" + _folded("Versions and machine", ("what", "value"), [[key, value] for key, value in values.items()])
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title><style>{STYLE}</style>'
+def page(title: str, parts: Sequence[str]) -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escaped(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def _text(value: str) -> str:
+def escaped(value: str) -> str:
     return html.escape(str(value))
