@@ -35,7 +35,9 @@ def summary(values: list[float]) -> dict[str, float]:
 def write_result(name: str, content: dict[str, Any]) -> None:
     """Write benchmarks/results/{name}.json with the command that made it, and print it."""
     RESULTS.mkdir(exist_ok=True)
-    full = {"command": "python " + " ".join(sys.argv), **content, "environment": environment()}
+    module = sys.modules["__main__"].__spec__  # of `python -m`, which puts a path into argv
+    program = sys.argv[0] if module is None else f"-m {module.name}"
+    full = {"command": " ".join(["python", program, *sys.argv[1:]]), **content, "environment": environment()}
     text = json.dumps(full, indent=1) + "\n"
     (RESULTS / f"{name}.json").write_text(text)
     print(text)

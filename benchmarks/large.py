@@ -1,6 +1,6 @@
 """Builds and verifies models larger than memory: seconds, and the most memory beside what is mapped from files, by the number of layers.
 
-    python benchmarks/large.py --shapes 1b 3b 8b --work DIR
+    python -m benchmarks.large --shapes 1b 3b 8b --work DIR
 
 Random weights in fp16 in the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B, made on disk; the tokenizer is SmolLM2's. A size that the disk
 has no room for has fewer layers, and its row says so. Writes benchmarks/results/large.json.

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.campaign.fleets import Trial
 from benchmarks.campaign.forks import Forks, Run
 from benchmarks.campaign.outcome import Outcome, Size
 from benchmarks.campaign.scene import Sources, do, make_scene
@@ -38,10 +39,13 @@ from benchmarks.campaign.whole import (
     strays_of_repository,
 )
 from flora_export.backends.triton.repository import versions
+from flora_export.pipeline import BuildOptions, build
 
 PART = "kills"
 WHOLE = "OUT, a repository, a bank and the cache are absent, old and whole, or new and whole"
 NEXT = "the next operation succeeds, and leaves nothing behind"
+FLEETS = "a fleet does all of its jobs though workers die, and after its own death what is left"
+WORKER_KILLS, FLEET_KILLS = 16, 6
 SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2"
 ADAPTER = Path(__file__).parents[2] / "examples" / "01_train_ffba" / "adapter"
 
@@ -212,7 +216,6 @@ def run(work: Path, size: Size, seed: int) -> list[Outcome]:
         forks = [stack.enter_context(Forks(work / f"forks{index}")) for index in range(1 if size == "short" else 2)]
         todo = operations(forks[0], work, size)
         not_tried = [
-            "A fleet: there is no such command.",
             "A power failure: what a killed process has written is still the kernel's to write; what a dead machine has not, is lost.",
         ]
         if size == "full" and (SMOLLM2 / "model.safetensors").is_file():
@@ -235,7 +238,22 @@ def run(work: Path, size: Size, seed: int) -> list[Outcome]:
 
         with ThreadPoolExecutor(len(forks)) as pool:
             done = list(pool.map(kill, todo))
-    return _outcomes(done, not_tried, time.monotonic() - started)
+    outcomes = _outcomes(done, not_tried, time.monotonic() - started)
+    return outcomes if size == "short" else [*outcomes, kill_fleets(work / "fleets", seed)]
+
+
+def kill_fleets(work: Path, seed: int) -> Outcome:
+    """Workers of fleets, and whole fleets, on Ray."""
+    from tests.families import make_adapter, make_speaking_base
+
+    started, base = time.monotonic(), make_speaking_base(work / "base")
+    adapters = [make_adapter(base, work / f"adapter{number}", seed=number) for number in range(4)]
+    for adapter in adapters:
+        build(adapter, str(base), work / "right" / adapter.name, BuildOptions(), lambda *_: None)
+    trial = Trial(base, adapters, work / "right", work / "killed", random.Random(seed))
+    figures = {"workers": trial.workers(WORKER_KILLS), "fleets": trial.fleets(FLEET_KILLS)}
+    losses = [loss for found in figures.values() for loss in found.pop("losses")]
+    return Outcome(PART, FLEETS, WORKER_KILLS + FLEET_KILLS, losses, figures, seconds=round(time.monotonic() - started, 1))
 
 
 def _outcomes(done: Sequence[Trials], not_tried: list[str], seconds: float) -> list[Outcome]:
