@@ -2,8 +2,8 @@
 
     python -m benchmarks.large --shapes 1b 3b 8b --work DIR
 
-Random weights in fp16 in the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B, made on disk; the tokenizer is SmolLM2's. A size that the disk
-has no room for has fewer layers, and its row says so. Writes benchmarks/results/large.json.
+Random weights in fp16 in the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B, made on disk; the tokenizer is SmolLM2's. With `--layers` a
+size has fewer, for a disk that has no room, and its row says how many. Writes benchmarks/results/large.json.
 """
 
 from __future__ import annotations

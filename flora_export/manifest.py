@@ -138,7 +138,7 @@ _VALUES = {
 # What is in the dictionaries that hold more than a record says: key -> type.
 _INSIDE: dict[str, dict[str, Any]] = {
     "base": {"name": str, "files": dict[str, str]},
-    "checkpoint": {"digest": str, "config": dict[str, Any], "tensors": list[str]},
+    "checkpoint": {"digest": str, "files": dict[str, str], "config": dict[str, Any], "tensors": list[str]},
 }
 _FILE: dict[str, Any] = {"sha256": str, "bytes": int}
 

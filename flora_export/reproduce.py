@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import MANIFEST, Artifact, open_artifact
+from flora_export.artifact import BOM, MANIFEST, REPORT, SIGNATURE, Artifact, open_artifact
 from flora_export.backends import Progress, load_backend
 from flora_export.backends.manifest import installed
+from flora_export.backends.quantizing import QuantizationOptions
+from flora_export.backends.quantizing import read_options as read_quantization
 from flora_export.base_model import file_sha256
 from flora_export.branch import FUSE_LEVELS
 from flora_export.errors import ArtifactError
@@ -39,7 +42,8 @@ class Reproduction:
 
 
 def reproduce(path: Path, ckpts: Sequence[Path], base_name: str | None, progress: Progress) -> Reproduction:
-    """Build an artifact again in a temporary directory, with the options of its provenance, and compare all files but `report.json`.
+    """Build an artifact again in a temporary directory, with the options of its provenance, and compare all files but what no build
+    of the same makes alike or at all: `report.json`, the BOM and the signature.
 
     Raises:
         ArtifactError: it has no provenance, or base or adapters are not those that it was built from.
@@ -55,7 +59,8 @@ def reproduce(path: Path, ckpts: Sequence[Path], base_name: str | None, progress
         new = {name: known["sha256"] for name, known in again.manifest.files.items()}
         new[MANIFEST] = file_sha256(Path(scratch) / "out" / MANIFEST)
     same, differ = [], []
-    for name in sorted(new.keys() | artifact.manifest.files.keys()):
+    there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {REPORT, BOM, SIGNATURE}
+    for name in sorted(new.keys() | artifact.manifest.files.keys() | there):
         if name not in new:
             differ.append(f"{name}: the second build has none")
         elif not (path / name).is_file():
@@ -74,6 +79,8 @@ def read_options(artifact: Artifact, ckpts: Sequence[Path]) -> BuildOptions:
     said = read_parameters(artifact)
     try:
         weights, bank, names, settings = (said.pop(name) for name in ("weights", "bank", "names", "settings"))
+        if not fits(weights, list[float]) or not fits(names, list[str]) or not isinstance(settings, dict):
+            raise ValueError("weights, names or settings")
         if len(ckpts) != (len(weights) or len(names) or 1):
             raise ArtifactError(f"{artifact.path} was built from {len(weights) or len(names) or 1} adapters, but {len(ckpts)} were given")
         weighted = tuple(zip(ckpts, weights, strict=True)) if weights else ()
@@ -81,6 +88,7 @@ def read_options(artifact: Artifact, ckpts: Sequence[Path]) -> BuildOptions:
         if said["backend"] != artifact.manifest.backend:
             raise ValueError(f"backend {said['backend']!r}, but it was built for {artifact.manifest.backend}")
         own = restored(load_backend(said["backend"]).options({}), settings)
+        check_settings(own)
         options = BuildOptions(**said, weighted=weighted, bank=members, settings=own)
         hints = typing.get_type_hints(BuildOptions)
         wrong = [name for name in said if not fits(getattr(options, name), hints[name])]
@@ -89,6 +97,21 @@ def read_options(artifact: Artifact, ckpts: Sequence[Path]) -> BuildOptions:
         return options
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{artifact.path}: its provenance has options that are none ({error!s:.300}). Build it again.") from error
+
+
+def check_settings(settings: Any) -> None:
+    """Raises ValueError where a field of a backend's options is not one that the command line would have taken."""
+    if settings is None:
+        return
+    if isinstance(settings, QuantizationOptions):
+        read_quantization(dataclasses.asdict(settings))
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            check_settings(value)
+        elif isinstance(hints[field.name], type | types.UnionType) and not fits(value, hints[field.name]):
+            raise ValueError(f"{field.name} is {value!r:.100}")
 
 
 def restored(silent: Any, said: dict[str, Any]) -> Any:

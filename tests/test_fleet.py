@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flora_export.artifact import MANIFEST, changed_files, open_artifact
+from flora_export.backends.triton.repository import live
 from flora_export.base_model import file_sha256
 from flora_export.cli import main
 from flora_export.errors import FloraExportError
@@ -80,6 +81,8 @@ def write(place: Path, content: Any) -> Path:
         (changed(adapters={"one": ["a/one"]}), "adapters.one is a list"),
         (changed(adapters=["c/*"]), "no directory is named as 'c/*'"),
         (changed(adapters=["a/*", "b/*"]), "would both be one"),
+        (changed(adapters=["~nobody-of-that-name/*"]), "is no glob"),
+        (changed(targets={"cpu": {"backend": ["hf"]}}), "targets.cpu.backend is a list, but must be one of"),
         (changed(targets={}), "targets must be names"),
         (changed(targets={"..": {"backend": "hf"}}), "a name becomes a directory"),
         (changed(targets={"cpu": {}}), "targets.cpu has no backend"),
@@ -229,6 +232,14 @@ def test_what_has_changed_is_done_again_and_nothing_else(monkeypatch: pytest.Mon
     assert did(adapters={"one": adapters["one"]}, targets={"serve": {"backend": "onnxruntime"}}) == ["build one/serve"]
     assert did() == ["publish one/serve", "build two/serve"]
     assert did() == []
+    (tmp_path / "repos/two/decoder/config.pbtxt").unlink()  # a first publication that was killed before it was live
+    assert did() == ["publish two/serve"]
+    version = live(tmp_path / "repos/two")["decoder"]
+    shutil.copyfile(tmp_path / "repos/one/decoder/1/manifest.json", tmp_path / f"repos/two/decoder/{version}/manifest.json")  # another's
+    assert did() == ["publish two/serve"]
+    assert did() == []
+    shutil.rmtree(tmp_path / "repos/two")
+    assert did() == ["publish two/serve"]
     out = tmp_path / "out"
     shutil.copyfile(scene / "adapters" / "one" / "adapter_model.safetensors", tmp_path / "two" / "adapter_model.safetensors")
     assert did() == ["build two/serve"]  # of another adapter
@@ -258,4 +269,4 @@ def test_the_example_is_a_plan_for_the_adapters_that_it_makes(tmp_path: Path) ->
     weights = {(job.checkpoint / "adapter_model.safetensors").read_bytes() for job in plan.jobs}
     assert len(weights) == len(makes["NAMES"])
     inputs = inputs_of(plan)
-    assert len(set(inputs.values())) == len(plan.jobs)
+    assert len({each.sha256 for each in inputs.values()}) == len(plan.jobs)

@@ -442,12 +442,48 @@ def test_other_inputs_and_no_provenance(built: Path, base: Path, bases: Callable
     hostile = shutil.copytree(built, tmp_path / "hostile")
     content = json.loads((built / "provenance.json").read_text())
     options = content["predicate"]["buildDefinition"]["externalParameters"]
-    for wrong in ({"fuse": "all"}, {"align": "8"}, {"settings": {"nothing": 1}}, {"weights": 3}, {"force": True}, {"backend": "abacus"}):
+    for wrong in (
+        {"fuse": "all"},
+        {"align": "8"},
+        {"settings": {"nothing": 1}},
+        {"weights": 3},
+        {"force": True},
+        {"backend": "abacus"},
+        {"weights": ["x"]},
+        {"precision": "int8", "settings": {"block_size": "x"}},
+        {"names": [1]},
+    ):
         content["predicate"]["buildDefinition"]["externalParameters"] = options | wrong
         (hostile / "provenance.json").write_text(json.dumps(content))
         refused(run("reproduce", hostile, "--ckpt", adapter, "--base", base), 2, "provenance")
     (hostile / "provenance.json").write_text("{}")
     refused(run("reproduce", hostile, "--ckpt", adapter, "--base", base), 2, "not a provenance")
+
+
+def test_a_bom_is_not_written_through_a_link(built: Path, tmp_path: Path) -> None:
+    out, outside = shutil.copytree(built, tmp_path / "out"), tmp_path / "outside"
+    outside.write_text("mine")
+    (out / "bom.cdx.json").symlink_to(outside)
+    assert run("bom", out).exit_code == 0
+    assert outside.read_text() == "mine"
+    assert not (out / "bom.cdx.json").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "outside"]
+
+
+def test_a_file_that_no_build_makes_is_no_reproduction(built: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(built, tmp_path / "out")
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    result = run("reproduce", out, "--ckpt", adapter, "--base", base)
+    assert result.exit_code == 1
+    assert "chat_template.jinja: the second build has none" in result.output
+
+
+def test_a_manifest_names_the_adapters_files(built: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(built, tmp_path / "out")
+    content = json.loads((out / "manifest.json").read_text())
+    del content["checkpoint"]["files"]
+    (out / "manifest.json").write_text(json.dumps(content))
+    refused(run("bom", out), 2, "manifest.json")
 
 
 def test_an_artifact_without_provenance_opens(built: Path, base: Path, adapter: Path, keys: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -40,13 +41,14 @@ class Trial:
             while fleet.poll() is None and done < kills:
                 time.sleep(self.draw.uniform(0.2, 6.0))
                 if found := workers_of(fleet.pid):
-                    os.kill(self.draw.choice(found), signal.SIGKILL)
-                    done += 1
+                    with contextlib.suppress(ProcessLookupError):  # it has ended since
+                        os.kill(self.draw.choice(found), signal.SIGKILL)
+                        done += 1
             reader.join()
             if fleet.returncode != 0:
                 losses.append(f"round {rounds}: exit code {fleet.returncode}: {output[0][-500:]}")
-            else:
-                attempts += sum(job["attempts"] for job in json.loads(output[0])["jobs"])
+                break  # the next would end as this one
+            attempts += sum(job["attempts"] for job in json.loads(output[0])["jobs"])
             losses += [f"round {rounds}: {loss}" for loss in self.losses(all_there=True)]
         jobs = rounds * len(self.adapters)
         return {"kills": done, "fleets": rounds, "jobs": jobs, "attempts": attempts, "losses": losses}

@@ -34,7 +34,7 @@ SHARES = {
     "shards_index": 6, "golden": 16, "golden_bank": 12, "request": 40, "pbtxt": 4, "pickle": 8, "peft_config": 1,
 }  # fmt: skip
 HEAVY = ("pickle", "peft_config")
-MUTATIONS = {"short": 2_000, "full": 600_000}
+MUTATIONS = {"short": 2_000, "full": 450_000}
 EXAMPLES = {"short": 10, "full": 500}  # of hypothesis, each target
 COVERED_SECONDS = 22  # of libFuzzer, each target
 

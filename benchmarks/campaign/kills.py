@@ -45,7 +45,7 @@ PART = "kills"
 WHOLE = "OUT, a repository, a bank and the cache are absent, old and whole, or new and whole"
 NEXT = "the next operation succeeds, and leaves nothing behind"
 FLEETS = "a fleet does all of its jobs though workers die, and after its own death what is left"
-WORKER_KILLS, FLEET_KILLS = 16, 6
+WORKER_KILLS, FLEET_KILLS = 12, 4
 SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2"
 ADAPTER = Path(__file__).parents[2] / "examples" / "01_train_ffba" / "adapter"
 
@@ -239,7 +239,11 @@ def run(work: Path, size: Size, seed: int) -> list[Outcome]:
         with ThreadPoolExecutor(len(forks)) as pool:
             done = list(pool.map(kill, todo))
     outcomes = _outcomes(done, not_tried, time.monotonic() - started)
-    return outcomes if size == "short" else [*outcomes, kill_fleets(work / "fleets", seed)]
+    if size == "short":
+        return outcomes
+    if importlib.util.find_spec("ray") is None:
+        return [*outcomes, Outcome(PART, FLEETS, not_tried=["Ray is not installed: pip install 'flora-export[fleet]'"])]
+    return [*outcomes, kill_fleets(work / "fleets", seed)]
 
 
 def kill_fleets(work: Path, seed: int) -> Outcome:

@@ -32,6 +32,9 @@ def read_options(given: Mapping[str, Any]) -> QuantizationOptions:
     options = QuantizationOptions(**given)
     if options.block_size is not None and options.block_size not in BLOCK_SIZES:
         raise FloraExportError(f"--block-size {options.block_size}: there are {', '.join(map(str, BLOCK_SIZES))}")
+    for name in ("adapter_precision", "head_precision"):
+        if (value := getattr(options, name)) not in (None, SAME, KEEP, *BITS):
+            raise FloraExportError(f"--{name.replace('_', '-')} {value}: there are {SAME}, {KEEP}, {', '.join(BITS)}")
     return options
 
 

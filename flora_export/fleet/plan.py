@@ -170,16 +170,16 @@ def _path(home: Path, text: str) -> Path:
 
 
 def _glob(home: Path, pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
     try:
+        path = Path(pattern).expanduser()
         return list(Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else home.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # the last, a user that is not there
         raise _Wrong(f"adapters: {_shown(pattern)} is no glob ({error})") from error
 
 
 def _target(where: str, found: Any) -> tuple[dict[str, Any], str | None]:
     """A target's options, and where it is published."""
-    if isinstance(found, dict) and found.get("backend") in PUBLISHED:
+    if isinstance(found, dict) and found.get("backend") in tuple(PUBLISHED):
         raise _Wrong(f"{where}: backend {found['backend']} is a place; say `backend: onnxruntime, repository: repositories/{{adapter}}`")
     _keys(found, where, needed=("backend",), others=(*OPTIONS, "repository"))
     for key, value in found.items():

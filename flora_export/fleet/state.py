@@ -21,7 +21,9 @@ from flora_export.artifact import MANIFEST, changed_files, open_artifact
 from flora_export.base_model import BESIDE, file_sha256, load_base, read_json
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.fleet.plan import STATE, Job, Plan
+from flora_export.manifest import Manifest
 from flora_export.scratch import sweep
+from flora_export.trust.statement import adapter_files
 
 PACKAGES = (
     *("flora-export", "mobius-onnx", "onnx", "onnx-ir", "transformers", "peft", "torch", "numpy", "safetensors"),
@@ -78,21 +80,39 @@ def clear(plan: Plan) -> None:
         _record(plan, job).with_suffix(".writing").unlink(missing_ok=True)
 
 
-def inputs_of(plan: Plan) -> dict[str, str]:
-    """One SHA-256 by job's name, over all that its artifact is made of: its options, the adapter's files, the base's, and versions.
+@dataclass(frozen=True)
+class Inputs:
+    """What a job's artifact is made of: SHA-256 of the base's files and of the adapter's, and one over these, its options and versions."""
+
+    base: Mapping[str, str]
+    adapter: Mapping[str, str]
+    sha256: str
+
+    def made(self, manifest: Manifest) -> bool:
+        """Whether an artifact was built of these very files, and not of what had taken their place when its turn came."""
+        pairs = (manifest.base["files"], self.base), (adapter_files(manifest), self.adapter)
+        return all(known.get(name) == sha for files, known in pairs for name, sha in files.items())
+
+
+def inputs_of(plan: Plan) -> dict[str, Inputs]:
+    """By job's name.
 
     Raises:
-        CheckpointError: there is no such base model. An adapter that is not there is found by its own job.
+        CheckpointError: there is no such base model. An adapter that is not there, or cannot be read, is found by its own job.
     """
     base = load_base(plan.base)
     path = (base.original or base).path
     shared = {"base": _files(path, (".safetensors", *BESIDE)), "versions": _versions()}
-    adapters = {job.checkpoint: job for job in plan.jobs}
-    files = {checkpoint: _files(checkpoint, (".safetensors", ".json")) for checkpoint in adapters}
+    adapters = {job.checkpoint for job in plan.jobs}
+    files: dict[Path, dict[str, str]] = {checkpoint: {} for checkpoint in adapters}
+    for checkpoint in adapters:
+        with contextlib.suppress(OSError):
+            files[checkpoint] = _files(checkpoint, (".safetensors", ".json"))
     found = {}
     for job in plan.jobs:
         facts = {**shared, "adapter": files[job.checkpoint], "options": dict(job.options)}
-        found[job.name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        found[job.name] = Inputs(shared["base"], files[job.checkpoint], whole)
     return found
 
 
@@ -110,27 +130,29 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def write_record(plan: Plan, job: Job, inputs: str, outcome: Outcome) -> None:
+def write_record(plan: Plan, job: Job, inputs: Inputs, outcome: Outcome) -> None:
     """Say that a job is done, whole or not at all."""
     file = _record(plan, job)
     file.parent.mkdir(parents=True, exist_ok=True)
     repository = None if job.repository is None else str(job.repository)
-    content = {"inputs": inputs, "repository": repository, "outcome": dataclasses.asdict(outcome)}
+    content = {"inputs": inputs.sha256, "repository": repository, "outcome": dataclasses.asdict(outcome)}
     writing = file.with_suffix(".writing")
     writing.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(writing, file)
 
 
-def kept(plan: Plan, job: Job, inputs: str) -> tuple[Outcome | None, bool]:
+def kept(plan: Plan, job: Job, inputs: Inputs) -> tuple[Outcome | None, bool]:
     """What became of a job whose artifact is there, whole, verified and made of the same; and whether it is published as well."""
     try:
         record = read_json(_record(plan, job), "record")
         outcome = Outcome(**record["outcome"])
         artifact = open_artifact(job.output)
-        same = record["inputs"] == inputs and outcome.manifest == file_sha256(job.output / MANIFEST)
+        same = (
+            record["inputs"] == inputs.sha256 and outcome.manifest == file_sha256(job.output / MANIFEST) and inputs.made(artifact.manifest)
+        )
         if not same or not artifact.manifest.verified or changed_files(artifact):
             return None, False
-        published = job.repository is None or _published(job.repository, record, outcome.version)
+        published = job.repository is None or _published(job.repository, record, outcome)
     except (FloraExportError, OSError, KeyError, TypeError):
         return None, False
     return dataclasses.replace(
@@ -138,11 +160,17 @@ def kept(plan: Plan, job: Job, inputs: str) -> tuple[Outcome | None, bool]:
     ), published
 
 
-def _published(repo: Path, record: Mapping[str, Any], version: int | None) -> bool:
-    """Whether a job's version is in its repository still; who has rolled it back since wanted that."""
+def _published(repo: Path, record: Mapping[str, Any], outcome: Outcome) -> bool:
+    """Whether a job's version is in its repository still, and no version is live by half; who has rolled it back since wanted that."""
     from flora_export.backends.triton.config import DECODER
+    from flora_export.backends.triton.repository import half_live
 
-    return record["repository"] == str(repo) and version is not None and (repo / DECODER / str(version) / MANIFEST).is_file()
+    if record["repository"] != str(repo) or outcome.version is None:
+        return False
+    try:
+        return not half_live(repo) and outcome.manifest == file_sha256(repo / DECODER / str(outcome.version) / MANIFEST)
+    except (ArtifactError, OSError):
+        return False
 
 
 def _record(plan: Plan, job: Job) -> Path:

@@ -30,7 +30,7 @@ def do(task: Task) -> Outcome:
     job, began = task.job, time.perf_counter()
     outcome = task.built or Outcome(job.name, "failed")
     try:
-        outcome = _build(job) if task.built is None else replace(outcome, state="published")
+        outcome = _build(job) if task.built is None else replace(outcome, state="published", version=None)
         if job.repository is not None:
             outcome = replace(outcome, version=_publish(open_artifact(job.output), job.repository))
     except FloraExportError as error:
@@ -60,14 +60,13 @@ def _build(job: Job) -> Outcome:
 
 def _publish(artifact: Artifact, repo: Path) -> int:
     """The artifact's version in the repository. One that is live already, of a fleet that was killed before it said so, is that."""
-    from flora_export.backends.triton.config import DECODER, Serving
-    from flora_export.backends.triton.repository import live
+    from flora_export.backends.triton.config import CONFIG, DECODER, Serving
+    from flora_export.backends.triton.repository import check, live
     from flora_export.publish import publish
 
-    if (repo / DECODER).is_dir():
+    if (repo / DECODER / CONFIG).is_file() and not check(repo):  # else a kill has left a part of one, which the next version clears up
         version = live(repo)[DECODER]
-        there = repo / DECODER / str(version) / MANIFEST
-        if there.is_file() and file_sha256(there) == file_sha256(artifact.path / MANIFEST):
+        if file_sha256(repo / DECODER / str(version) / MANIFEST) == file_sha256(artifact.path / MANIFEST):
             return version
     repo.parent.mkdir(parents=True, exist_ok=True)
     return publish(artifact, repo, Serving(), _silent).version

@@ -5,6 +5,7 @@ It holds no time, and its serial number is made of the manifest's SHA-256: of on
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flora_export.artifact import BOM, MANIFEST, SIGNATURE, Artifact, changed_files
 from flora_export.base_model import BaseModel, file_sha256
 from flora_export.errors import ArtifactError, BackendError, VerificationError
+from flora_export.scratch import Scratch
 from flora_export.trust.statement import adapter_files, check_adapters, check_base
 
 if TYPE_CHECKING:
@@ -40,9 +42,13 @@ def write_bom(artifact: Artifact, base: BaseModel | None, adapters: Sequence[Pat
         check_base(artifact, base)
     if adapters:
         check_adapters(artifact, adapters)
-    text = bom(artifact, None if base is None else licence(base.path, base.config), [licence(path, {}) for path in adapters])
+    stated = None if base is None else licence((base.original or base).path, base.config)
+    text = bom(artifact, stated, [licence(path, {}) for path in adapters])
+    home = artifact.path.resolve()
     try:
-        (artifact.path / BOM).write_text(text, encoding="utf-8")
+        with Scratch(f".{home.name}.bom-", home.parent) as scratch:  # in one step, and in the place of a link, not of what it leads to
+            (Path(scratch) / BOM).write_text(text, encoding="utf-8")
+            os.replace(Path(scratch) / BOM, home / BOM)
     except OSError as error:
         raise ArtifactError(f"{artifact.path / BOM}: cannot be written ({error.strerror})") from error
     return artifact.path / BOM

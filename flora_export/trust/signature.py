@@ -59,9 +59,10 @@ def sign(path: Path, key: Key) -> None:
     if faults := changed_files(open_artifact(path)):
         raise VerificationError("\n  ".join([f"{path} is not signed:", *faults]), {"causes": faults})
     try:
-        with Scratch(f".{path.absolute().name}.signing-", path.absolute().parent) as scratch:
+        home = path.resolve()  # which may be on another disk than a link to it
+        with Scratch(f".{home.name}.signing-", home.parent) as scratch:
             write_signature(path, config, Path(scratch) / SIGNATURE)
-            os.replace(Path(scratch) / SIGNATURE, path / SIGNATURE)
+            os.replace(Path(scratch) / SIGNATURE, home / SIGNATURE)
     except OSError as error:
         raise ArtifactError(f"{path / SIGNATURE}: cannot be written ({error.strerror}); what was there is as it was") from error
 
@@ -116,10 +117,10 @@ def check_signature(path: Path, signer: Signer) -> None:
         raise VerificationError(f"{path} is not signed: it has no {SIGNATURE}, but the signature of {signer} is asked for")
     try:
         bundle = read_json(path / SIGNATURE, "signature")
+        if unsigned := _present(path) - _covered(bundle):  # before they are read; it may say that they do not count
+            raise ValueError(f"not covered by it: {', '.join(sorted(unsigned))}")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints warnings there
             config.set_hashing_config(_hashing()).verify(path.resolve(), path.resolve() / SIGNATURE)
-        if unsigned := _present(path) - _covered(bundle):  # of a signature that says of files that they do not count
-            raise ValueError(f"not covered by it: {', '.join(sorted(unsigned))}")
     except (OSError, MemoryError):
         raise  # the machine's
     except Exception as error:  # a stranger wrote the file, and its readers have an error for each way to be wrong

@@ -152,13 +152,19 @@ def _before(repo: Path) -> tuple[int, int]:
     return version, int(former)
 
 
+def half_live(repo: Path) -> list[str]:
+    """What is wrong where a kill fell between the renames that make a version live, one of each model; a line, or none."""
+    serving = live(repo)
+    known = {model: serving.get(model, "none") for model in MODELS if model in serving or versions(repo, model)}
+    if len(set(known.values())) == 1:
+        return []
+    return [f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in known.items())}): publish or roll back again"]
+
+
 def check(repo: Path) -> list[str]:
     """What is wrong with a repository, a line each: configurations, live versions that differ, damaged files."""
     serving = live(repo)
-    faults = []
-    known = {model: serving.get(model, "none") for model in MODELS if model in serving or versions(repo, model)}
-    if len(set(known.values())) > 1:
-        faults.append(f"the models' live versions differ ({', '.join(f'{m} {v}' for m, v in known.items())}): publish or roll back again")
+    faults = half_live(repo)
     for model, version in serving.items():
         if version not in versions(repo, model):
             faults.append(f"{model}/{CONFIG} names version {version}, which is not there")
