@@ -62,7 +62,7 @@ def test_the_committed_adapters_tell_how_they_were_made(adapter: Path) -> None:
 @pytest.mark.real
 def test_07_bank(smollm2: Path, tmp_path: Path) -> None:
     """Three questions in one batch, each answered by its own adapter; then swaps under load, none of whose answers is wrong."""
-    example = [EXAMPLES / "07_bank" / "bank.py", "--base", smollm2, "--output", tmp_path / "bank", "--swaps", 6, "--quick"]
+    example = [EXAMPLES / "07_bank" / "bank.py", "--base", smollm2, "--output", tmp_path / "bank", "--swaps", 6, "--no-verify"]
     told = run(*example)
     assert "14 + 9 = 23\n23 - 5 = 18\nAnswer: 18" in told
     assert "3 * 6 = 18\n18 - 4 = 14\nAnswer: 14" in told

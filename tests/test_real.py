@@ -67,9 +67,10 @@ def test_no_second_copy_of_the_weights(built: tuple[Path, int]) -> None:
 
 
 def test_two_builds_are_byte_identical(built: tuple[Path, int]) -> None:
-    """With and without verification the model is the same; the golden vectors and what tells of them differ."""
-    one, two = open_artifact(built[0]).manifest, open_artifact(built[0].with_name("out-2")).manifest
-    assert {k: v for k, v in one.files.items() if k != "golden.safetensors"} == two.files
+    """With and without verification the model is the same; the golden vectors differ, and the provenance, which says so."""
+    one, two = (open_artifact(built[0].with_name(name)).manifest.files for name in (built[0].name, "out-2"))
+    assert one.keys() - two.keys() == {GOLDEN}
+    assert {name for name, known in two.items() if one[name] != known} == {"provenance.json"}
 
 
 def test_explain_lists_every_adapter_tensor(built: tuple[Path, int]) -> None:
