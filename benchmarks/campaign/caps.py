@@ -84,7 +84,7 @@ def try_caps(server: Server, work: Path, limits: Limits) -> Outcome:
 
 
 def at_once(address: str, body: bytes, count: int) -> list[tuple[int, str]]:
-    """So many answers to one request. Before the first is complete, all are there but their last bytes, however slow a machine is to begin."""
+    """So many answers to one request. All are there but their last bytes before the first is complete, so slow clients meet as well."""
     connections = [http.client.HTTPConnection(address, timeout=120) for _ in range(count)]
     try:
         for connection in connections:
