@@ -255,9 +255,9 @@ def kill_fleets(work: Path, seed: int) -> Outcome:
     for adapter in adapters:
         build(adapter, str(base), work / "right" / adapter.name, BuildOptions(), lambda *_: None)
     trial = Trial(base, adapters, work / "right", work / "killed", random.Random(seed))
-    figures = {"workers": trial.workers(WORKER_KILLS), "fleets": trial.fleets(FLEET_KILLS)}
+    figures = {"workers": trial.workers(WORKER_KILLS), "fleets": trial.fleets(FLEET_KILLS), "Ctrl-C": trial.interrupted()}
     losses = [loss for found in figures.values() for loss in found.pop("losses")]
-    return Outcome(PART, FLEETS, WORKER_KILLS + FLEET_KILLS, losses, figures, seconds=round(time.monotonic() - started, 1))
+    return Outcome(PART, FLEETS, WORKER_KILLS + FLEET_KILLS + 1, losses, figures, seconds=round(time.monotonic() - started, 1))
 
 
 def _outcomes(done: Sequence[Trials], not_tried: list[str], seconds: float) -> list[Outcome]:
