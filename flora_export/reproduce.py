@@ -17,7 +17,7 @@ from flora_export.backends.quantizing import QuantizationOptions
 from flora_export.backends.quantizing import read_options as read_quantization
 from flora_export.base_model import file_sha256
 from flora_export.branch import FUSE_LEVELS
-from flora_export.errors import ArtifactError
+from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.manifest import fits
 from flora_export.methods import load_base_of
 from flora_export.methods.bank import BankOptions
@@ -104,7 +104,10 @@ def check_settings(settings: Any) -> None:
     if settings is None:
         return
     if isinstance(settings, QuantizationOptions):
-        read_quantization(dataclasses.asdict(settings))
+        try:
+            read_quantization(dataclasses.asdict(settings))
+        except FloraExportError as error:
+            raise ValueError(str(error)) from error
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
