@@ -13,7 +13,7 @@ from benchmarks.campaign.forks import Ended, Forks
 from benchmarks.campaign.outcome import Outcome
 from benchmarks.campaign.refusals import refusal_faults
 from benchmarks.campaign.whole import ABSENT, NEW, OLD, cache_faults, digests, directory_state, live_content, repository_state
-from flora_export.artifact import MANIFEST
+from flora_export.artifact import DATA, MANIFEST, open_artifact, seal
 from flora_export.backends.triton.config import CONFIG
 
 pytest.importorskip("tritonclient.grpc", reason="extra triton is not installed")
@@ -58,6 +58,19 @@ def test_half_an_output_is_found(killed: tuple[Path, list[Outcome]], tmp_path: P
     assert f"{MANIFEST} differs" in state(out)
     (out / "config.json").unlink()
     assert "config.json is missing" in state(out)
+
+
+def test_what_a_compiler_makes_anew_is_held_to_its_manifest(killed: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    one, two = killed[0] / "out1", killed[0] / "out2"
+    compiled = directory_state(digests(one), digests(two), [DATA])
+    out = Path(shutil.copytree(two, tmp_path / "out"))
+    (out / DATA).write_bytes((out / DATA).read_bytes()[::-1])
+    assert "its manifest says" in compiled(out)
+    seal(out, open_artifact(out).manifest)
+    assert compiled(out) == NEW
+    assert "differs" in directory_state(digests(one), digests(two))(out)
+    (out / "config.json").write_text("{}")
+    assert "config.json differs" in compiled(out)
 
 
 def test_half_a_repository_is_found(killed: tuple[Path, list[Outcome]], tmp_path: Path) -> None:

@@ -99,7 +99,12 @@ def fuzz(directory: Path, job: dict[str, Any]) -> tuple[dict[str, Any], list[str
     work = directory / "work"
     file.write_text(json.dumps(job | {"work": str(work), "report": str(report)}))
     command = [sys.executable, "-m", "benchmarks.campaign.fuzz", str(file)]
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     limit = 120 + (job["seconds"] + 10) * len(job["targets"])
     try:
         done = subprocess.run(

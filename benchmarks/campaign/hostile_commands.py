@@ -49,6 +49,7 @@ def run(work: Path, size: Size, lost: Path) -> Outcome:
     job = directory / "job.json"
     job.write_text(json.dumps({"size": size, "work": str(directory), "report": str(report), "lost": str(lost)}))
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}  # what Python itself would write is not the files' doing
     command = [sys.executable, "-m", "benchmarks.campaign.hostile_commands", str(job)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=1800, check=False)
     if done.returncode != 0 or not report.is_file():

@@ -60,6 +60,7 @@ class Operation:
     kills: int  # in a full run
     again: Callable[[Path], list[object]] | None = None
     repository: bool = False
+    compiled: tuple[str, ...] = ()  # as `directory_state` has it
     link: bool = False  # what is before is large: its files are linked, not copied
 
     @property
@@ -151,7 +152,7 @@ def _teller(operation: Operation, done: Path) -> State:
     before = operation.before
     if operation.repository:
         return repository_state(None if before is None else live_content(before), live_content(done))
-    return directory_state(None if before is None else digests(before), digests(done))
+    return directory_state(None if before is None else digests(before), digests(done), operation.compiled)
 
 
 def operations(forks: Forks, root: Path, size: Size) -> list[Operation]:
@@ -191,11 +192,19 @@ def _engines(forks: Forks, root: Path, s: Sources) -> list[Operation]:
     if importlib.util.find_spec("onnxruntime_qnn") is not None:
         contexts = root / "contexts"
         do(forks, *s.build([s.one], contexts, "--precision", "fp16", "--no-simulate", backend="qnn"))
-        made.append(Operation("rebuild, QNN", contexts, lambda out: ["rebuild", out, "--no-simulate", "--soc-model", 60], 15))
+        made.append(
+            Operation(
+                "rebuild, QNN", contexts, lambda out: ["rebuild", out, "--no-simulate", "--soc-model", 60], 15, compiled=("_qnn.bin",)
+            )
+        )
     if importlib.util.find_spec("tensorrt_rtx") is not None:
         engine = root / "engine"
         do(forks, *s.build([s.one], engine, "--compute-capability", "8.9", backend="tensorrt"))
-        made.append(Operation("rebuild, TensorRT-RTX", engine, lambda out: ["rebuild", out, "--compute-capability", "12.0"], 15))
+        made.append(
+            Operation(
+                "rebuild, TensorRT-RTX", engine, lambda out: ["rebuild", out, "--compute-capability", "12.0"], 15, compiled=(".engine",)
+            )
+        )
     return made
 
 

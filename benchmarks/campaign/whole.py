@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flora_export.artifact import MANIFEST, REPORT, changed_files, open_artifact
@@ -32,14 +32,22 @@ def digests(directory: Path) -> Digests:
     return found
 
 
-def directory_state(old: Digests | None, new: Digests) -> State:
-    """Tells an OUT: absent, old or new, each file the same; and, where it has a manifest, sound by that."""
+def directory_state(old: Digests | None, new: Digests, compiled: Sequence[str] = ()) -> State:
+    """Tells an OUT: absent, old or new, each file the same; and, where it has a manifest, sound by that.
+
+    Args:
+        compiled: ends of the names of files of which a compiler makes other bytes each time. That a new one is whole, its manifest says.
+    """
+
+    def stable(found: Digests) -> Digests:
+        ends = (*compiled, MANIFEST) if compiled else ()
+        return {name: "" if name.endswith(tuple(ends)) else sha for name, sha in found.items()}
 
     def state(path: Path) -> str:
         if not path.exists():
             return ABSENT if old is None else "it was there, and is not"
         there = digests(path)
-        if there not in (old, new):
+        if there != old and stable(there) != stable(new):
             return f"it is neither old nor new: {differing(there, new)}"
         if (path / MANIFEST).is_file():
             with contextlib.suppress(FloraExportError):

@@ -143,7 +143,7 @@ class Decoder:
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors are raised as well, and would be a second line
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions in one process would fight
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # a DequantizeLinear is what the graph says it is
         mapped = exact and artifact.is_large and provider == PROVIDERS["cpu"]
