@@ -56,6 +56,7 @@ class Guard:
         self._readable = (*self._writable, *(os.path.realpath(path) for path in own), *own, *known, *map(str, readable))
         sys.addaudithook(self._hook)
         self._status = os.open("/proc/self/status", os.O_RDONLY)
+        self._held = 0  # bytes, at most; 0 before the first input
         for number in (signal.SIGPROF, signal.SIGALRM):
             signal.signal(number, self._alarm)
 
@@ -63,7 +64,7 @@ class Guard:
     def watching(self) -> Iterator[None]:
         """Around the reading of one input. Raises Hang; afterwards `events` has what happened."""
         self.events, self.imports = [], set()
-        before = self._largest()
+        before = self._held or self._largest()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.setitimer(signal.ITIMER_REAL, SECONDS * PATIENCE)
         self.armed = True
@@ -73,7 +74,8 @@ class Guard:
             self.armed = False
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            grown = self._largest() - before
+            grown = (largest := self._largest()) - before
+            self._held = largest
             if grown > GROWTH:
                 self.events.append(f"memory grew by {grown >> 20} MiB")
 

@@ -29,12 +29,12 @@ LOST = ROOT / "build" / "campaign"
 PROMISE = "no crash, no hang over 5 s, no memory over a bound, no file, program or code outside, on a mutated file"
 # Each target's share of the random executions, by how fast it is read. The last two bring PyTorch, and stand apart.
 SHARES = {
-    "adapter_config": 20, "lora_config": 25, "adapter_weights": 12, "lora_weights": 12, "base_config": 12, "base_weights": 8,
+    "adapter_config": 50, "lora_config": 60, "adapter_weights": 12, "lora_weights": 12, "base_config": 12, "base_weights": 8,
     "base_index": 6, "manifest": 10, "manifest_bank": 10, "manifest_quantized": 10, "manifest_shards": 8, "onnx": 6, "openvino": 8,
-    "shards_index": 6, "golden": 16, "golden_bank": 12, "request": 40, "pbtxt": 4, "pickle": 8, "peft_config": 1,
+    "shards_index": 6, "golden": 30, "golden_bank": 12, "request": 120, "pbtxt": 4, "pickle": 8, "peft_config": 1,
 }  # fmt: skip
 HEAVY = ("pickle", "peft_config")
-MUTATIONS = {"short": 2_000, "full": 450_000}
+MUTATIONS = {"short": 2_000, "full": 700_000}
 EXAMPLES = {"short": 10, "full": 500}  # of hypothesis, each target
 COVERED_SECONDS = 22  # of libFuzzer, each target
 
@@ -73,7 +73,7 @@ def fuzz_all(scratch: Path, size: Size, seed: int, outcome: Outcome) -> None:
         else:
             covered = {"engine": "atheris", "seconds": COVERED_SECONDS, "runs": 10**9}
             jobs += [{"targets": [name]} | covered for name in SHARES]
-    common = {"runs": 1, "seconds": 60, "seed": seed, "corpus": str(CORPUS), "lost": str(LOST)}
+    common = {"runs": 1, "seconds": 150, "seed": seed, "corpus": str(CORPUS), "lost": str(LOST)}
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda item: fuzz(scratch / str(item[0]), common | item[1]), enumerate(jobs)))
     targets: dict[str, dict[str, Any]] = {}
