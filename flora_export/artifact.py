@@ -131,6 +131,11 @@ def seal(path: Path, manifest: Manifest, provenance: Callable[[Manifest], str] |
     return Artifact(path, sealed)
 
 
+def files_in(path: Path) -> set[str]:
+    """Whatever lies in a directory and below, but directories, by its relative path."""
+    return {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+
+
 def _facts(file: Path) -> dict[str, str | int]:
     return {"sha256": file_sha256(file), "bytes": file.stat().st_size}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_export.artifact import BOM, MANIFEST, REPORT, SIGNATURE, Artifact, open_artifact
+from flora_export.artifact import MANIFEST, UNLISTED, Artifact, files_in, open_artifact
 from flora_export.backends import Progress, load_backend
 from flora_export.backends.manifest import installed
 from flora_export.backends.quantizing import QuantizationOptions
@@ -59,7 +59,7 @@ def reproduce(path: Path, ckpts: Sequence[Path], base_name: str | None, progress
         new = {name: known["sha256"] for name, known in again.manifest.files.items()}
         new[MANIFEST] = file_sha256(Path(scratch) / "out" / MANIFEST)
     same, differ = [], []
-    there = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {REPORT, BOM, SIGNATURE}
+    there = files_in(path) - UNLISTED
     for name in sorted(new.keys() | artifact.manifest.files.keys() | there):
         if name not in new:
             differ.append(f"{name}: the second build has none")

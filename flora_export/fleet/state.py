@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_export.artifact import MANIFEST, changed_files, open_artifact
+from flora_export.backends.manifest import installed
 from flora_export.base_model import BESIDE, file_sha256, load_base, read_json
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.fleet.plan import STATE, Job, Plan
@@ -102,7 +102,7 @@ def inputs_of(plan: Plan) -> dict[str, Inputs]:
     """
     base = load_base(plan.base)
     path = (base.original or base).path
-    shared = {"base": _files(path, (".safetensors", *BESIDE)), "versions": _versions()}
+    shared = {"base": _files(path, (".safetensors", *BESIDE)), "versions": installed(PACKAGES)}
     adapters = {job.checkpoint for job in plan.jobs}
     files: dict[Path, dict[str, str]] = {checkpoint: {} for checkpoint in adapters}
     for checkpoint in adapters:
@@ -120,14 +120,6 @@ def _files(directory: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     if not directory.is_dir():
         return {}
     return {file.name: file_sha256(file) for file in sorted(directory.iterdir()) if file.suffix in suffixes and file.is_file()}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def write_record(plan: Plan, job: Job, inputs: Inputs, outcome: Outcome) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flora_export.artifact import SIGNATURE, changed_files, open_artifact
+from flora_export.artifact import SIGNATURE, changed_files, files_in, open_artifact
 from flora_export.base_model import read_json
 from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError, VerificationError
 from flora_export.scratch import Scratch
@@ -117,7 +117,7 @@ def check_signature(path: Path, signer: Signer) -> None:
         raise VerificationError(f"{path} is not signed: it has no {SIGNATURE}, but the signature of {signer} is asked for")
     try:
         bundle = read_json(path / SIGNATURE, "signature")
-        if unsigned := _present(path) - _covered(bundle):  # before they are read; it may say that they do not count
+        if unsigned := files_in(path) - {SIGNATURE} - _covered(bundle):  # before they are read; it may say that they do not count
             raise ValueError(f"not covered by it: {', '.join(sorted(unsigned))}")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints warnings there
             config.set_hashing_config(_hashing()).verify(path.resolve(), path.resolve() / SIGNATURE)
@@ -135,10 +135,6 @@ def _covered(bundle: dict[str, Any]) -> set[str]:
     if statement["predicateType"] != RESOURCES:
         raise ValueError(f"it is a {statement['predicateType']!r:.100}, not a {RESOURCES}")
     return {resource["name"] for resource in statement["predicate"]["resources"]}
-
-
-def _present(path: Path) -> set[str]:
-    return {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()} - {SIGNATURE}
 
 
 def _hashing() -> Any:
