@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from flora_export import quantized_base
 from flora_export.artifact import staged, writing
-from flora_export.cli import main
+from flora_export.cli import common, main
+from flora_export.cli.stopping import NO_MEMORY
 from flora_export.errors import BackendError
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
@@ -103,6 +104,19 @@ def test_no_memory(error: Exception, message: str, base: Path, tmp_path: Path, m
 
     code, _, said = quantize(monkeypatch, base, tmp_path / "out", fail)
     assert code == 3 and message in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_to_say_so(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(common, "_fail", fail)
+    code, _, _ = quantize(monkeypatch, base, tmp_path / "out", fail)
+    assert code == 3
+    assert capfd.readouterr().err == NO_MEMORY.decode()
     assert list(tmp_path.iterdir()) == []
 
 

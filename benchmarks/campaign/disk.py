@@ -125,22 +125,21 @@ def lost_permissions(forks: Forks, scene: Scene, size: Size) -> Outcome:
 
 
 def little_memory(forks: Forks, scene: Scene, size: Size) -> Outcome:
-    """Address space, swept downward: a command ends with one line, or dies or hangs in a library; then the next one clears up."""
-    tally = Tally(PART, "no memory: one line and exit 1, 2 or 3, nothing left; or death in a library, and the next run clears up")
-    died, hung = 0, 0
+    """Address space, swept downward: a command ends with one line, or dies or hangs in a library; nothing has changed, and the next clears up."""
+    tally = Tally(PART, "no memory: one line and exit 1, 2 or 3, or death in a library; nothing has changed, and the next run clears up")
+    died, hung, unfinished = 0, 0, 0
     for megabytes in (256, 24) if size == "short" else MEGABYTES:
         for writer in writers(scene)[:1] if size == "short" else writers(scene)[1:4]:
             with fresh(forks, writer.before) as trial:
                 ended = forks.one(writer.args(trial.place), setups={"memory": {"megabytes": megabytes}}, timeout=30.0)
-                faults: list[str] = []
-                if ended.code is None or ended.code < 0:
-                    died += ended.code is not None
-                    hung += ended.code is None  # Python waits for ever for a thread that had no memory to begin
+                died += ended.code is not None and ended.code < 0
+                hung += ended.code is None  # Python waits for ever for a thread that had no memory to begin
+                refused = ended.code is not None and ended.code > 0
+                faults = refusal_faults(ended, (1, 2, 3)) + trial.altered() if refused else []
+                unfinished += refused and bool(trial.left())  # no memory to list a directory with
+                if ended.code != 0 and (not refused or trial.left()):
                     again = forks.one(writer.args(trial.place))
-                    left = [path.name for path in trial.place.iterdir() if path.name.startswith(".")]
-                    faults = [again.told()] * (again.code != 0) + [f"{name} is left" for name in left]
-                elif ended.code != 0:
-                    faults = refusal_faults(ended, (1, 2, 3)) + trial.changed()
+                    faults += [again.told()] * (again.code != 0) + trial.left()
             tally.count(f"{writer.name} with {megabytes} MiB more", ended, faults)
-    tally.outcome.figures |= {"died in native code": died, "hung until it was killed": hung}
+    tally.outcome.figures |= {"died in native code": died, "hung until it was killed": hung, "left a directory to the next": unfinished}
     return tally.done()

@@ -40,11 +40,19 @@ class Trial:
 
     def changed(self) -> list[str]:
         """What is not as it was, or was left."""
+        return self.altered() + self.left()
+
+    def altered(self) -> list[str]:
+        """What is not as it was. What is hidden was never in anyone's place, but may be left."""
         now = digests(self.place)
-        names = sorted(name for name in now.keys() | self.before.keys() if now.get(name) != self.before.get(name))
+        names = sorted(name for name in now.keys() | self.before.keys() if now.get(name) != self.before.get(name) and name[0] != ".")
+        return [f"{', '.join(names[:3])} changed"] * bool(names)
+
+    def left(self) -> list[str]:
+        """What a command has begun, and has not taken away."""
         left = sorted(path.name for path in self.place.iterdir() if path.name.startswith("."))
         left += sorted(f"{path.name} in TMPDIR" for path in self.temp.iterdir() if path.name.startswith("flora-export"))
-        return [f"{', '.join(names[:3])} changed"] * bool(names) + [f"{name} is left" for name in left]
+        return [f"{name} is left" for name in left]
 
 
 @contextmanager

@@ -99,6 +99,8 @@ def run_command(command: Callable[[], int], as_json: bool) -> None:
         leave_stdout()
         sys.exit(128 + signal.SIGPIPE)  # as everything ends whose reader has gone
     except Exception as error:
+        if isinstance(error, MemoryError):
+            error.__traceback__ = error.__context__ = None  # they hold what has filled it, and saying so needs some
         if message := _of_the_machine(error):
             _fail(type(error).__name__, message, 3, as_json)
         traceback.print_exc()  # a fault of ours: show where, and do not let it pass for a failed verification
