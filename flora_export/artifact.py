@@ -173,7 +173,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         BackendError: the disk is full.
     """
     output = output.absolute()
-    _check_free(output, force)
+    check_free(output, force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         scratch = Scratch(f".{output.name}.building-", output.parent)
@@ -184,7 +184,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     with scratch:
         yield directory
         with writing(output):
-            _check_free(output, force)  # it may have come to be there meanwhile
+            check_free(output, force)  # it may have come to be there meanwhile
             _publish(directory, output)
 
 
@@ -198,7 +198,8 @@ def writing(output: Path) -> Iterator[None]:
         raise BackendError(f"{output}: could not be written ({reason}). What was there is as it was; make room and build again.") from error
 
 
-def _check_free(output: Path, force: bool) -> None:
+def check_free(output: Path, force: bool) -> None:
+    """Raise ArtifactError where a build may not put its output there."""
     if output.is_symlink():
         raise ArtifactError(f"{output} is a symbolic link. Choose another --output, or give the directory that it points to.")
     if not output.exists():

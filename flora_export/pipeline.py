@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_export.artifact import REPORT, SIGNATURE, Artifact, open_artifact, seal, staged, writing
-from flora_export.backends import Progress, backend_of, load_backend
+from flora_export.backends import Backend, Plan, Progress, backend_of, load_backend
 from flora_export.base_model import BaseModel
 from flora_export.capture import capture
 from flora_export.checkpoint import CONFIG, Checkpoint
@@ -19,7 +19,7 @@ from flora_export.explain import Explanation
 from flora_export.ledger import block_records, change_records, load_graph, planned_entries
 from flora_export.methods import load_bank, load_sources
 from flora_export.methods.bank import BankOptions
-from flora_export.passes import fuse_adapter, operator_counts
+from flora_export.passes import Fused, fuse_adapter, operator_counts
 from flora_export.proof import check_ledger
 from flora_export.trust.signature import Key, signing_with, write_signature
 from flora_export.trust.statement import statement
@@ -67,6 +67,40 @@ def _chosen(settings: Any) -> dict[str, Any]:
     return chosen
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A build up to where the weights are read: those of the graph are lazy."""
+
+    base: BaseModel
+    checkpoint: Checkpoint
+    backend: Backend
+    plan: Plan
+    fused: Fused
+
+
+def prepare(ckpt: Path, base_name: str | None, options: BuildOptions, progress: Progress) -> Prepared:
+    """Checkpoint and base model -> fused graph. What can be refused without the base's weights is refused here. Raises FloraExportError."""
+    progress("reading the checkpoint", 0, 1)
+    if options.bank is None:
+        base, checkpoint = load_sources(ckpt, base_name, merge=options.merge, weighted=options.weighted)
+    else:
+        bank, members = options.bank, dict(enumerate(options.bank.members))
+        layout = partial(bank.layout_for, precision=options.precision)
+        base, checkpoint = load_bank(members, base_name, layout, bank.slots or len(members))
+    backend, golden = load_backend(options.backend), golden_prompts(base)
+    if checkpoint.bank is not None and not backend.banks:
+        raise FloraExportError(f"--backend {options.backend} takes one adapter; a bank is built for onnxruntime, triton and tensorrt")
+    plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
+    progress("capturing the base model", 0, 1)
+    quantization = plan.quantization
+    captured = capture(base, plan.form, options.precision if quantization is None else quantization.compute)
+    progress("fusing", 0, 1)
+    fused = fuse_adapter(
+        captured, base, checkpoint, options.fuse, align=plan.align, cache_tokens=plan.cache_tokens, quantization=quantization
+    )
+    return Prepared(base, checkpoint, backend, plan, fused)
+
+
 def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> tuple[Artifact, Report]:
     """Checkpoint and base model -> artifact. The output appears whole and verified, or stays as it was.
 
@@ -77,27 +111,11 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
     """
     signing = None if options.sign is None else signing_with(options.sign)  # a key that is none is said before the work
     with staged(output, force=options.force) as directory:
-        progress("reading the checkpoint", 0, 1)
-        if options.bank is None:
-            base, checkpoint = load_sources(ckpt, base_name, merge=options.merge, weighted=options.weighted)
-        else:
-            bank, members = options.bank, dict(enumerate(options.bank.members))
-            layout = partial(bank.layout_for, precision=options.precision)
-            base, checkpoint = load_bank(members, base_name, layout, bank.slots or len(members))
-        backend, golden = load_backend(options.backend), golden_prompts(base)
-        if checkpoint.bank is not None and not backend.banks:
-            raise FloraExportError(f"--backend {options.backend} takes one adapter; a bank is built for onnxruntime, triton and tensorrt")
-        plan = backend.prepare(base, options.target, options.precision, options.align, options.settings, golden)
-        progress("capturing the base model", 0, 1)
-        quantization = plan.quantization
-        captured = capture(base, plan.form, options.precision if quantization is None else quantization.compute)
-        progress("fusing", 0, 1)
-        fused = fuse_adapter(
-            captured, base, checkpoint, options.fuse, align=plan.align, cache_tokens=plan.cache_tokens, quantization=quantization
-        )
+        prepared = prepare(ckpt, base_name, options, progress)
+        base, checkpoint = prepared.base, prepared.checkpoint
         with writing(output):
-            manifest = backend.write(fused, directory, plan, progress)
-        del captured, fused  # the weights: what comes next needs the room
+            manifest = prepared.backend.write(prepared.fused, directory, prepared.plan, progress)
+        del prepared  # the weights: what comes next needs the room
         gc.collect()  # mobius's package refers to itself
         artifact, report = Artifact(directory, dataclasses.replace(manifest, verified=options.verify)), None
         if options.verify:

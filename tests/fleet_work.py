@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from flora_export import artifact
@@ -26,3 +28,16 @@ def dies(marks: Path, task: Task) -> Outcome:
 
         artifact._publish = publish
     return do(task)
+
+
+def ends_unheard(connection: Connection, marks: Path) -> None:
+    """A driver that ends without a word: the first as it starts, the next when it has started."""
+    if any(marks.iterdir()):
+        connection.send(None)
+    (marks / str(os.getpid())).touch()
+    os._exit(1)
+
+
+def hangs(connection: Connection) -> None:
+    """A driver that never starts."""
+    time.sleep(600)

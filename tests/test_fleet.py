@@ -19,10 +19,10 @@ from flora_export.artifact import MANIFEST, changed_files, open_artifact
 from flora_export.backends.triton.repository import live
 from flora_export.base_model import file_sha256
 from flora_export.cli import main
-from flora_export.errors import FloraExportError
+from flora_export.errors import BackendError, FloraExportError
 from flora_export.fleet import run as fleet_run
 from flora_export.fleet import worker
-from flora_export.fleet.engine import Cluster
+from flora_export.fleet.engine import Cluster, started
 from flora_export.fleet.plan import Job, read_plan
 from flora_export.fleet.run import Fleet, run_fleet
 from flora_export.fleet.state import Outcome, holding, inputs_of
@@ -30,7 +30,7 @@ from flora_export.fleet.worker import Task, do
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
 from tests.families import make_adapter, make_speaking_base
-from tests.fleet_work import dies
+from tests.fleet_work import dies, ends_unheard, hangs
 
 yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
 
@@ -176,7 +176,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_workers_that_are_killed_lose_nothing_and_one_that_fails_fails_alone(
     monkeypatch: pytest.MonkeyPatch, scene: Path, tmp_path: Path
 ) -> None:
-    if importlib.util.find_spec("ray") is None:  # it is imported once its settings are made
+    if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -213,6 +213,26 @@ def test_workers_that_are_killed_lose_nothing_and_one_that_fails_fails_alone(
     assert ran == ["build broken/cpu", "build mortal/cpu"]
     states = {job["job"]: job["state"] for job in json.loads(again.stdout)["jobs"]}
     assert states == {"one/cpu": "kept", "two/cpu": "kept", "mortal/cpu": "failed", "broken/cpu": "failed"}
+
+
+def test_a_driver_that_ends_as_it_starts_is_tried_again_and_one_that_ends_later_is_an_error(tmp_path: Path) -> None:
+    """Ray ends its own process with code 1 where it loses its servers, which would be that of a failed verification."""
+    with pytest.raises(BackendError, match="ended the fleet's driver"):
+        started(ends_unheard, tmp_path, tries=1)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    driver = started(ends_unheard, tmp_path, tries=2)
+    try:
+        with pytest.raises(BackendError, match=r"ended the fleet's driver \(exit code 1\)"):
+            driver.said()
+    finally:
+        driver.end()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_driver_that_hangs_is_killed() -> None:
+    with pytest.raises(BackendError, match="not started within"):
+        started(hangs, tries=1, seconds=0.1)
 
 
 def test_what_has_changed_is_done_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch, scene: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "report.json"} if directory.is_dir() else {}
 
 
-def workers_of(driver: int) -> list[int]:
+def workers_of(fleet: int) -> list[int]:
     """The processes of actors below a fleet's, by their names and their parents."""
     parents, actors = {}, []
     for entry in Path("/proc").iterdir():
@@ -130,7 +130,8 @@ def workers_of(driver: int) -> list[int]:
                     actors.append(int(entry.name))
             except OSError:
                 continue  # it has ended meanwhile
-    return [pid for pid in actors if parents.get(parents.get(pid, 0)) == driver]
+    ancestor = {pid: parents.get(parents.get(parents.get(pid, 0), 0), 0) for pid in actors}  # a raylet's, a driver's, a fleet's
+    return [pid for pid in actors if ancestor[pid] == fleet]
 
 
 def gone(pid: int) -> bool:

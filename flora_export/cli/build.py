@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,6 +27,9 @@ from flora_export.cli.common import (
 )
 from flora_export.cli.engine_options import engine_options, given_options
 from flora_export.cli.quantization_options import loss_option, quantization_options
+
+if TYPE_CHECKING:
+    from flora_export.pipeline import BuildOptions
 
 
 @click.command()
@@ -52,6 +56,9 @@ from flora_export.cli.quantization_options import loss_option, quantization_opti
 @engine_options
 @click.option("--sign", type=DIRECTORY, metavar="PEM", help="Sign the output with this private key, as `sign` does: it appears signed.")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
+@click.option(
+    "--dry-run", is_flag=True, help="Write nothing; say what would be refused, and what it would take here: memory, disk, seconds."
+)
 @json_option
 @click.pass_context
 def build(
@@ -76,6 +83,7 @@ def build(
     max_quantization_loss: float | None,
     sign: Path | None,
     force: bool,
+    dry_run: bool,
     as_json: bool,
     **settings: object,
 ) -> None:
@@ -109,6 +117,8 @@ def build(
             quick,
             key,
         )
+        if dry_run:
+            return _say_forecast(first, base, output, options, as_json)
         if backend in PUBLISHED:
             from flora_export.publish import build_and_publish
 
@@ -126,3 +136,15 @@ def build(
         return 0
 
     run_command(run, as_json)
+
+
+def _say_forecast(ckpt: Path, base: str | None, output: Path, options: BuildOptions, as_json: bool) -> int:
+    """A build that is not possible here is the machine's fault: 3."""
+    from flora_export.forecast import forecast
+
+    told = forecast(ckpt, base, output, options, progress())
+    if as_json:
+        print_json(told.to_dict())
+    else:
+        click.echo(told.to_text())
+    return 3 if told.causes else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,10 @@ class BankOptions:
             raise FloraExportError(f"--bank {self.layout!r}: there are {', '.join(LAYOUTS)}")
         if self.layout == COLUMNS and self.slots is not None:
             raise FloraExportError(f"--slots makes places that are filled later, which only --bank {STACK} has")
+
+    def moved(self, place: Callable[[Path], Path]) -> BankOptions:
+        """The same, of adapters that are somewhere else."""
+        return dataclasses.replace(self, members=tuple((name, place(path)) for name, path in self.members))
 
     def layout_for(self, checkpoints: Sequence[Checkpoint], precision: str) -> str:
         """The layout that was asked for, or else the one that is faster; beside quantized weights a stack, whose adapters keep theirs.

@@ -1,0 +1,186 @@
+"""forecast(): what a build would refuse, write and take, before the weights of its base model are read in full.
+
+What is refused is known exactly: all is done that a build does, up to the fused graph, whose weights are read when they are written. Bytes,
+memory and seconds are those of the same build with one layer and with three, on this machine, and the straight line through both: every
+part of a build is a constant and a share for each layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import multiprocessing.process
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from flora_export import base_model
+from flora_export.artifact import check_free
+from flora_export.backends import Progress
+from flora_export.base_model import BaseModel
+from flora_export.errors import BackendError, FloraExportError, VerificationError
+from flora_export.pipeline import BuildOptions, build, prepare
+from flora_export.scratch import Scratch
+from flora_export.shortened import shorten_adapter, shorten_base
+
+FEWER = (1, 3)  # layers of a calibration
+_SPAWN = multiprocessing.get_context("spawn")
+_SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a build takes. `memory` is what no file backs, in bytes; 0 where the system does not tell. `disk` is the output's bytes."""
+
+    seconds: float
+    memory: int
+    disk: int
+
+    def line(self, other: Cost, share: float) -> Cost:
+        """The cost at a place on the line through two: 0 is here, 1 is there."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        seconds, memory, disk = (here + (there - here) * share for here, there in pairs)
+        return Cost(round(seconds, 1), int(memory), int(disk))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A build that was not done. `causes` says why it would not be possible here."""
+
+    cost: Cost
+    layers: int
+    calibration: dict[int, Cost]  # by layers
+    causes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """One JSON object; sizes in bytes."""
+        return {"possible": not self.causes} | dataclasses.asdict(self)
+
+    def to_text(self) -> str:
+        cost = self.cost
+        memory = f"{cost.memory / 2**30:.2f} GiB of memory beside the page cache, " if cost.memory else ""
+        calibration = ", ".join(f"{layers}: {each.seconds:.1f} s" for layers, each in self.calibration.items())
+        return "\n".join(
+            [
+                f"nothing is refused; a build takes about {cost.seconds:.0f} s, {memory}{cost.disk / 2**30:.2f} GiB of disk",
+                f"told from the same build with fewer of its {self.layers} layers ({calibration})",
+                *self.causes,
+            ]
+        )
+
+
+def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions, progress: Progress) -> Forecast:
+    """What a build with these options would take here. Nothing is written but in a temporary directory.
+
+    Raises:
+        FloraExportError: the build would raise it, before it read the weights; or a build with fewer layers has failed.
+    """
+    output = output.absolute()
+    check_free(output, options.force)
+    base = prepare(ckpt, base_name, options, progress).base
+    if base.packed is not None:
+        raise FloraExportError("--dry-run knows no cost of a base model that is quantized already: it is unpacked first, as a whole")
+    fewer = sorted({min(layers, base.layers) for layers in FEWER})
+    calibration: dict[int, Cost] = {}
+    with Scratch("flora-export-forecast-") as name:
+        for number, layers in enumerate((fewer[0], *fewer)):  # the first of all finds files that are cold, and does not count
+            progress("building with fewer layers", number, len(fewer) + 1)
+            calibration[layers] = _cost(Path(name) / str(number), base, layers, ckpt, options)
+    first, last = fewer[0], fewer[-1]
+    cost = calibration[first].line(calibration[last], (base.layers - first) / max(1, last - first))
+    return Forecast(cost, base.layers, calibration, list(_causes(cost, output)))
+
+
+def _cost(place: Path, base: BaseModel, layers: int, ckpt: Path, options: BuildOptions) -> Cost:
+    """Build with so many layers, in a process of its own; what was written goes again. Raises FloraExportError."""
+    place.mkdir()
+    short: dict[Path, Path] = {}
+
+    def adapter(path: Path) -> Path:
+        if path not in short:
+            short[path] = place / f"adapter{len(short)}"
+            shorten_adapter(path, layers, short[path])
+        return short[path]
+
+    try:
+        shorten_base(base, layers, place / "base")
+        options = dataclasses.replace(
+            options,
+            weighted=tuple((adapter(path), weight) for path, weight in options.weighted),
+            bank=None if options.bank is None else options.bank.moved(adapter),
+            allow_vacuous=True,
+            max_quantization_loss=None,
+            force=False,
+            sign=None,
+        )
+        large = 0 if base.is_large else sys.maxsize
+        seconds, memory = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
+        return Cost(seconds, memory, sum(file.stat().st_size for file in (place / "out").iterdir()))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _measured(*task: Any) -> tuple[float, int]:
+    """Seconds and bytes of memory of `_build`, from the start of its process to its end. Raises FloraExportError."""
+    here, there = _SPAWN.Pipe(duplex=False)
+    process = _SPAWN.Process(target=_build, args=(there, *task))
+    started, peak = time.perf_counter(), 0
+    process.start()
+    there.close()
+    try:
+        while not here.poll(_SAMPLE_SECONDS) and process.is_alive():
+            peak = max(peak, _anonymous(process))
+        seconds = time.perf_counter() - started
+        error = here.recv()
+    except EOFError:
+        process.join()
+        error = BackendError(f"a build with fewer layers died (exit code {process.exitcode})")
+    finally:
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    return round(seconds, 2), peak
+
+
+def _build(connection: Connection, ckpt: Path, base: str, output: Path, options: BuildOptions, large: int) -> None:
+    """A calibration's process: it says None, or its error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both, and the other kills this one
+    base_model.LARGE = large  # as it is for the whole model
+    try:
+        build(ckpt, base, output, options, lambda *_: None)
+    except VerificationError as error:
+        connection.send(FloraExportError(f"a build with fewer layers is not verified, so its cost is not known: {error}"))
+    except FloraExportError as error:
+        connection.send(error)
+    else:
+        connection.send(None)
+
+
+def _anonymous(process: multiprocessing.process.BaseProcess) -> int:
+    """Bytes of a process's memory that no file backs; 0 where the system does not tell."""
+    try:
+        return _entry(Path(f"/proc/{process.pid}/status"), "RssAnon:")
+    except OSError:
+        return 0
+
+
+def _entry(table: Path, key: str) -> int:
+    """An entry of a table of Linux's, in bytes."""
+    return next((1024 * int(line.split()[1]) for line in table.read_text().splitlines() if line.startswith(key)), 0)
+
+
+def _causes(cost: Cost, output: Path) -> Iterator[str]:
+    """Why a build would not be possible here."""
+    place = next(each for each in output.parents if each.exists())
+    if (free := shutil.disk_usage(place).free) < cost.disk:
+        yield f"{place} has room for {free / 2**30:.2f} GiB: make some, or choose another --output"
+    memory = Path("/proc/meminfo")
+    if memory.exists() and (free := _entry(memory, "MemAvailable:")) < cost.memory:
+        yield f"this machine has {free / 2**30:.2f} GiB of memory to give: free some, or take a larger one"

@@ -1,0 +1,126 @@
+"""Dry runs: what they say of a build is what the build takes, what it would refuse they refuse, and they leave nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+from flora_export import forecast
+from flora_export.base_model import load_base
+from flora_export.cli import main
+from flora_export.forecast import Cost
+from flora_export.methods import load_checkpoint
+from flora_export.pipeline import BuildOptions, build
+from flora_export.shortened import shorten_adapter, shorten_base
+from tests.conftest import silent
+from tests.families import FAMILIES, SHAPE, make_adapter, make_lora
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with more layers than a calibration has."""
+    directory = tmp_path_factory.mktemp("deep") / "base"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": LAYERS}))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(deep, tmp_path_factory.mktemp("adapters") / "one", r=16)
+
+
+def dry_run(adapter: Path, base: Path, out: Path, *more: object) -> tuple[int, dict[str, Any], str]:
+    arguments = ["build", adapter, "--base", base, "--backend", "onnxruntime", "--output", out, "--dry-run", "--json", *more]
+    done = CliRunner().invoke(main, [str(each) for each in arguments])
+    return done.exit_code, json.loads(done.stdout), done.stderr
+
+
+def test_the_bytes_are_those_of_the_build(deep: Path, adapter: Path, tmp_path: Path) -> None:
+    code, told, _ = dry_run(adapter, deep, tmp_path / "out", "--precision", "fp16", "--no-verify")
+    assert code == 0
+    assert told["possible"] and told["layers"] == LAYERS and list(told["calibration"]) == ["1", "3"]
+    assert told["cost"]["seconds"] > 0 and told["cost"]["memory"] > 2**24
+    assert list(tmp_path.iterdir()) == []
+    artifact, _ = build(adapter, str(deep), tmp_path / "out", BuildOptions(precision="fp16", verify=False), silent)
+    written = sum(file.stat().st_size for file in artifact.path.iterdir())
+    assert told["cost"]["disk"] == pytest.approx(written, rel=0.01)  # numbers have other digits in JSON
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (make_adapter, {"rank_pattern": {"layers.4.mlp": 24, "layers.0.mlp": 8}}),
+        (make_adapter, {"layers_to_transform": [0, 2, 5]}),
+        (make_lora, {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.5.self_attn.q_proj", "up_proj"]}),
+        (make_lora, {"use_dora": True, "modules_to_save": ["lm_head"], "alpha_pattern": {"layers.3.mlp.up_proj": 2}}),
+    ],
+)
+def test_a_shortened_adapter_does_what_it_did_to_the_layers_that_are_there(
+    make: Callable[..., Path], config: dict[str, Any], deep: Path, tmp_path: Path
+) -> None:
+    whole = load_checkpoint(make(deep, tmp_path / "whole", **config), load_base(str(deep)))
+    shorten_base(load_base(str(deep)), 3, tmp_path / "base")
+    shorten_adapter(tmp_path / "whole", 3, tmp_path / "short")
+    short = load_checkpoint(tmp_path / "short", load_base(str(tmp_path / "base")))
+    assert short.branches == tuple(branch for branch in whole.branches if branch.layer < 3)
+    kept = [change for change in whole.changes if not any(f"layers.{layer}." in change.tensor for layer in (3, 4, 5))]
+    assert [(change.tensor, change.rank, change.scale) for change in short.changes] == [(c.tensor, c.rank, c.scale) for c in kept]
+    assert 0 < len(short.branches) + len(short.changes) < len(whole.branches) + len(whole.changes)
+    for name in short.tensors:
+        assert (short.tensor(name) == whole.tensor(name)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_shortened(family: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = load_base(str(bases(family)))
+    shorten_base(base, 1, tmp_path / "base")
+    short = load_base(str(tmp_path / "base"))
+    assert short.layers == 1 and short.tied == base.tied
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert all((short.read(name) == base.read(name)).all() for name in short.tensors)
+
+
+@pytest.mark.parametrize(("damage", "said"), [("output", "exists already"), ("weights", "adapter_model.safetensors"), ("device", "cuda")])
+def test_what_a_build_refuses_is_refused_before_anything_is_built(
+    damage: str, said: str, deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> Cost:
+        raise AssertionError("something is built")
+
+    monkeypatch.setattr(forecast, "_cost", never)
+    broken, more = tmp_path / "broken", ["--target", "gpu"] if damage == "device" else []
+    shutil.copytree(adapter, broken)
+    if damage == "weights":
+        (broken / "adapter_model.safetensors").unlink()
+    if damage == "output":
+        (tmp_path / "out").mkdir()
+    code, told, error = dry_run(broken, deep, tmp_path / "out", *more)
+    assert code == 2 and said in told["message"] and error.splitlines()[-1].startswith("error: ")
+    assert (tmp_path / "out").exists() == (damage == "output")
+
+
+def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {1: Cost(2.0, 2**40, 2**50), 3: Cost(3.0, 2**40, 2**50)}
+    monkeypatch.setattr(forecast, "_cost", lambda place, base, layers, *_: costs[layers])
+    code, told, _ = dry_run(adapter, deep, tmp_path / "no" / "such" / "out")
+    assert code == 3 and not told["possible"]
+    assert told["cost"]["seconds"] == 4.5  # the line through both, at six layers
+    assert "has room for" in told["causes"][0] and "of memory to give" in told["causes"][1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_that_dies_or_fails_is_an_error(deep: Path, tmp_path: Path) -> None:
+    with pytest.raises(forecast.FloraExportError, match=r"adapter_config\.json is missing"):
+        forecast._measured(tmp_path, str(deep), tmp_path / "out", BuildOptions(), 0)
