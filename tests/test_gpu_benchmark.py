@@ -297,3 +297,33 @@ def test_a_head_start_that_is_too_short_is_made_longer(late: int, slept: int, mo
         with pytest.raises(RuntimeError, match="longer than 2e\\+08 GPU cycles"):
             step.milliseconds(head_start=True)
     assert sleeps == list(gpu_arms.HEAD_STARTS[:slept])
+
+
+def on_gpu(results: Path, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = {"PYTHON": sys.executable, "PARTS": "latency", "DTYPES": "fp32", "LEAST": "20"} | environment
+    own["GPU_ARGS"] = " ".join([*(part for part in TINY if part not in ("--dtypes", "fp32")), "--no-compile"])
+    command = [str(BENCHMARKS / "on_gpu.sh"), str(results), *more]
+    return subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_whole_evidence_comes_in_calls_that_go_on(tmp_path: Path) -> None:
+    assert on_gpu(tmp_path, "10").returncode == 75  # no time for anything
+    assert list(tmp_path.iterdir()) == []
+    done = on_gpu(tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gpu-fp32.json").read_text())
+    assert result["complete"] and result["measurements"] and all(check["passed"] for check in result["parity"])
+    written = (tmp_path / "gpu-fp32.json").stat().st_mtime_ns
+    assert on_gpu(tmp_path, "10").returncode == 0  # nothing is left to do
+    assert (tmp_path / "gpu-fp32.json").stat().st_mtime_ns == written
+    (tmp_path / "gpu-fp32.json").write_text(json.dumps(result | {"parity": [{"passed": False}]}, indent=1))
+    assert on_gpu(tmp_path, "10").returncode == 1
+    assert on_gpu(tmp_path, "10", "more").returncode == 2
+
+
+def test_what_a_machine_lacks_is_named_as_it_is_locked() -> None:
+    asked = [str(BENCHMARKS / "on_gpu.sh"), "--missing"]
+    bare = subprocess.run(asked, env=os.environ | {"PYTHON": f"{sys.executable} -S"}, capture_output=True, text=True, check=True)
+    here = subprocess.run(asked, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True)
+    assert here.stdout.strip() == ""
+    assert "peft==" in bare.stdout and "mobius-onnx==" in bare.stdout and "torch" in bare.stdout.splitlines()

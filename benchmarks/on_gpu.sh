@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# What a machine with a CUDA GPU has to show, in calls of ten minutes: each does what fits, and the next goes on where it stopped.
+#
+#     benchmarks/on_gpu.sh RESULTS [SECONDS]     # 570 seconds, unless told; again, until it exits with 0
+#     benchmarks/on_gpu.sh --missing             # packages that are not there, as locked: stage them as wheels, and no network is needed
+#
+# PARTS chooses among: latency (gpu.py, one file for each of DTYPES), artifacts (built for CUDA and verified there) and accuracy (PRESET, full),
+# which need models/smollm2. Exit codes: 0 all is in RESULTS, 75 call again, 1 a parity check or a verification failed, 2 wrong use.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+base=models/smollm2
+adapter=examples/01_train_ffba/adapter
+
+missing() {
+	local needed="torch transformers peft accelerate onnx onnx-ir onnxscript mobius-onnx safetensors click ml-dtypes mpmath onnxruntime scipy"
+	$python - $needed <<-'PY'
+		import importlib.metadata, re, sys
+		locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", open("requirements/test.txt").read(), re.MULTILINE))
+		names = {name.lower().replace("_", "-") for each in importlib.metadata.distributions() if (name := each.metadata["Name"])}
+		print(*(f"{name}=={locked[name]}" if name in locked else name for name in sys.argv[1:] if not {name, f"{name}-gpu"} & names), sep="\n")
+	PY
+}
+
+[[ ${1:-} == --missing ]] && { missing; exit; }
+[[ $# -ge 1 && $# -le 2 ]] || { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
+mkdir -p "$1"
+results=$(cd "$1" && pwd)
+end=$((SECONDS + ${2:-570}))
+parts=" ${PARTS:-latency artifacts accuracy} "
+[[ -d $base ]] || { echo "$base is not there: latency alone is measured" >&2; parts=${parts/ artifacts /  } parts=${parts/ accuracy /  }; }
+failed=0
+
+# need SECONDS: end this call where so many are not left
+need() {
+	((end - SECONDS >= $1)) || { echo "$((end - SECONDS)) s are left: call again" >&2; exit 75; }
+}
+
+[[ $parts == *" latency "* ]] && for dtype in ${DTYPES:-bf16 fp16}; do
+	file=$results/gpu-$dtype.json
+	if ! grep -qs '"complete": true' "$file"; then
+		need "${LEAST:-240}"
+		$python benchmarks/gpu.py --dtypes "$dtype" --seconds $((end - SECONDS - 30)) --output "$file" ${GPU_ARGS:-}
+	fi
+	grep -qs '"passed": false' "$file" && failed=1
+done
+
+[[ $parts == *" artifacts "* ]] && for precision in fp16 bf16 int4; do
+	file=$results/cuda-$precision.json
+	if [[ ! -s $file ]]; then
+		need 120
+		out=$(mktemp -d)
+		timeout $((end - SECONDS)) $python -m flora_export.cli build $adapter --base $base --backend onnxruntime --target cuda \
+			--precision $precision --output "$out/out" --json >"$file.part"
+		code=$?
+		rm -rf "$out"
+		((code == 124)) && exit 75
+		mv "$file.part" "$file"
+	fi
+	grep -q '"verified": true' "$file" || failed=1
+done
+
+if [[ $parts == *" accuracy "* ]]; then
+	if [[ ! -s $results/accuracy-${PRESET:=full}.json ]]; then
+		need 60
+		timeout $((end - SECONDS)) $python -m benchmarks.accuracy --base $base --preset "$PRESET" --work "$results/accuracy" --output "$results"
+		code=$?
+		((code == 124)) && exit 75
+		((code == 0)) || failed=1
+	fi
+fi
+exit $failed
