@@ -7,6 +7,8 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -169,6 +171,15 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, scene: Path, ran: list[str]
     monkeypatch.setattr(worker, "_build", copied)
 
 
+def ray_starts_here() -> bool:
+    """Whether Ray, without anything of ours, starts and does something."""
+    program = "import ray; ray.init('local', num_cpus=1, include_dashboard=False); ray.get(ray.remote(int).remote())"
+    try:
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "report.json"}
 
@@ -182,6 +193,9 @@ def test_workers_that_are_killed_lose_nothing_and_one_that_fails_fails_alone(
     marks.mkdir()
     page = tmp_path / "page.html"
     result = run(monkeypatch, scene, partial(dies, marks), "--workers", "2", "--retries", "1", "--report", str(page))
+    if "Ray has not started" in result.stderr or "Ray does not start" in result.stderr:
+        assert not ray_starts_here(), result.stderr
+        pytest.skip(f"Ray does not start on this machine: {result.stderr}")
     found = {job["job"]: job for job in json.loads(result.stdout)["jobs"]}
     assert {name: (job["state"], job["exit_code"], job["attempts"]) for name, job in found.items()} == {
         "one/cpu": ("built", 0, 1),

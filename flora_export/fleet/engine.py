@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from flora_export.scratch import Scratch
 STORE = 80 * 2**20  # bytes, near the least that Ray takes: nothing large goes through it
 LONGEST = 24  # characters of a directory that Ray's sockets may lie in: the system allows 107 with what Ray adds
 STARTS = 3  # how often it is tried to start Ray here
-START_SECONDS = 90.0  # for one of them: Ray itself gives up after 30, but for where it hangs
+START_SECONDS = 120.0  # for one of them, until a worker has answered: Ray itself gives up after 30, but for where it hangs
 END_SECONDS = 30.0  # for workers to be stopped; then they are killed with the driver
 RETRIES = 2
 _SPAWN = multiprocessing.get_context("spawn")
@@ -56,6 +57,9 @@ class Worker:
     def run(self, task: Task) -> Outcome:
         return self.work(task)
 
+    def ready(self) -> None:
+        """It answers, so Ray works."""
+
 
 def outcomes(tasks: Sequence[Task], cluster: Cluster, work: Work = do) -> Generator[Outcome, None, None]:
     """Do all tasks; each outcome as it comes. When this ends, however it ends, the workers are gone.
@@ -66,11 +70,12 @@ def outcomes(tasks: Sequence[Task], cluster: Cluster, work: Work = do) -> Genera
     if importlib.util.find_spec("ray") is None:
         raise BackendError("a fleet needs a package that is not installed (ray): pip install 'flora-export[fleet]'")
     with ExitStack() as stack:
-        place, tries = None, 1
+        place, tries, seconds = None, 1, None  # a cluster may have to start machines first
         if cluster.address is None:
             temp = Path(tempfile.gettempdir())
-            place, tries = stack.enter_context(Scratch("flora-ray-", temp if len(str(temp)) <= LONGEST else Path("/tmp"))), STARTS
-        driver = started(_drive, tasks, cluster, work, place, tries=tries)
+            place = stack.enter_context(Scratch("flora-ray-", temp if len(str(temp)) <= LONGEST else Path("/tmp")))
+            tries, seconds = STARTS, START_SECONDS
+        driver = started(_drive, tasks, cluster, work, place, tries=tries, seconds=seconds)
         stack.callback(driver.end)
         while (outcome := driver.said()) is not None:
             yield outcome
@@ -110,7 +115,7 @@ class Driver:
         self.connection.close()
 
 
-def started(*task: Any, tries: int, seconds: float = START_SECONDS) -> Driver:
+def started(*task: Any, tries: int, seconds: float | None = START_SECONDS) -> Driver:
     """A driver whose Ray is there. On a machine that is busy, Ray may need more than one try to start. Raises BackendError."""
     for left in reversed(range(tries)):
         driver = Driver(*task)
@@ -134,8 +139,11 @@ def _drive(connection: Connection, tasks: Sequence[Task], cluster: Cluster, work
     try:
         with ExitStack() as stack:
             ray, workers = _start(cluster, len(tasks), place, stack)
+            new = partial(ray.remote(num_cpus=1, max_restarts=0)(Worker).remote, work)
+            first = new()
+            ray.get(first.ready.remote())
             connection.send(None)
-            for outcome in _schedule(ray, tasks, workers, cluster.retries, work, connection.poll):
+            for outcome in _schedule(ray, tasks, workers, cluster.retries, new, [first], connection.poll):
                 connection.send(outcome)
         connection.send(None)
     except BrokenPipeError:
@@ -184,14 +192,14 @@ def _start(cluster: Cluster, tasks: int, place: str | None, stack: ExitStack) ->
     return ray, workers
 
 
-def _schedule(ray: Any, tasks: Sequence[Task], workers: int, retries: int, work: Work, stopped: Callable[[], bool]) -> Iterator[Outcome]:
-    """Give each free worker the next task, until all are done or it is stopped. A worker that dies is replaced."""
-    actor_class = ray.remote(num_cpus=1, max_restarts=0)(Worker)
+def _schedule(
+    ray: Any, tasks: Sequence[Task], workers: int, retries: int, new: Callable[[], Any], free: list[Any], stopped: Callable[[], bool]
+) -> Iterator[Outcome]:
+    """Give each free worker the next task, until all are done or it is stopped. One that dies is replaced by a new one."""
     waiting, running, attempts = deque(tasks), dict[Any, tuple[Any, Task]](), Counter[str]()
-    free: list[Any] = []
     while (waiting or running) and not stopped():
         while waiting and len(running) < workers:
-            actor = free.pop() if free else actor_class.remote(work)
+            actor = free.pop() if free else new()
             task = waiting.popleft()
             attempts[task.job.name] += 1
             running[actor.run.remote(task)] = (actor, task)
