@@ -89,8 +89,11 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
     fewer = sorted({min(layers, base.layers) for layers in FEWER})
     calibration: dict[int, Cost] = {}
     with Scratch("flora-export-forecast-") as name:
-        for number, layers in enumerate((fewer[0], *fewer)):  # the first of all finds files that are cold, and does not count
-            progress("building with fewer layers", number, len(fewer) + 1)
+        builds = (
+            fewer if base.is_large else [fewer[0], *fewer]
+        )  # the first of all finds files that are cold: of a small base it does not count
+        for number, layers in enumerate(builds):
+            progress("building with fewer layers", number, len(builds))
             calibration[layers] = _cost(Path(name) / str(number), base, layers, ckpt, options)
     first, last = fewer[0], fewer[-1]
     cost = calibration[first].line(calibration[last], (base.layers - first) / max(1, last - first))

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from flora_export.artifact import Artifact
 from flora_export.backends import Backend, Golden, Limits, Plan, Progress, Runner
 from flora_export.backends.choice import AdapterChoice
-from flora_export.backends.edited import edited_graph
+from flora_export.backends.edited import edited_graph, multiply_tables_as_they_lie
 from flora_export.backends.exposed import expose
 from flora_export.backends.graph_files import write_graph
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
@@ -150,6 +150,7 @@ class Decoder:
         if mapped:
             _keep_weights_mapped(options)
         model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
+        model = multiply_tables_as_they_lie(model) if mapped else model
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
         self.initializers = dict(initializers or {})  # the session reads their memory
         for name, value in self.initializers.items():
