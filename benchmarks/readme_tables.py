@@ -14,6 +14,7 @@ from typing import Any
 
 from edge_tables import edge_section
 from reliability_tables import reliability_paragraph, reliability_section
+from scale_tables import fleet_table, large_table
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- measured: written by `make readme-tables` -->", "<!-- end of measured -->"
@@ -69,6 +70,8 @@ def section() -> str:
         methods_rows(methods),
         bank_paragraph(bank),
         serve_paragraph(serve),
+        large_table(),
+        fleet_table(),
         reliability_paragraph(),
         accuracy_paragraph(accuracy),
     ]

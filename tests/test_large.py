@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from flora_export import base_model
+from flora_export.backends.edited import multiply_tables_as_they_lie
+from flora_export.backends.onnxruntime import Decoder
 from flora_export.base_model import SINGLE, BaseModel, load_base
 from flora_export.cli import main
 from flora_export.mapped import load_mapped
@@ -88,9 +93,13 @@ def test_weights_by_other_names_are_loaded(tmp_path: Path) -> None:
     assert load_mapped(load_base(str(base))) is None
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_large_artifact_is_verified(precision: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("llama", "fp16"), ("llama_tied", "fp32"), ("llama_tied", "fp16")])
+def test_a_large_artifact_is_verified(
+    family: str, precision: str, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its runtime maps the weights, and says so; another adapter than the one that is in it is still another one."""
+    base = bases(family)
+    adapter = make_adapter(base, tmp_path / "adapter")
     monkeypatch.setattr(base_model, "LARGE", 0)
     _, report = build(adapter, str(base), tmp_path / "out", BuildOptions(precision=precision, quick=True), silent)
     assert report.verified
@@ -104,6 +113,18 @@ def test_a_large_artifact_is_verified(precision: str, base: Path, adapter: Path,
     done = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--ckpt", str(other), "--base", str(base), "--quick"])
     assert done.exit_code == 1
     assert "wrong adapter" in done.stdout + done.stderr
+
+
+def test_a_tied_head_is_multiplied_as_it_lies(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("llama_tied")
+    artifact, _ = build(make_adapter(base, tmp_path / "adapter"), str(base), tmp_path / "out", BuildOptions(verify=False), silent)
+    graph = artifact.model.read_bytes()
+    edited = multiply_tables_as_they_lie(graph)
+    before, after = (Counter(node.op_type for node in onnx.ModelProto.FromString(each).graph.node) for each in (graph, edited))
+    assert (after["FusedMatMul"], after["Transpose"]) == (1, before["Transpose"] - 1)
+    one, other = (Decoder(artifact, graph=each).start(ROWS) for each in (graph, edited))
+    for row in range(2):
+        np.testing.assert_allclose(one[row], other[row], atol=1e-5 * np.abs(one[row]).max())  # fp32: sums in another order
 
 
 def test_quick_needs_something_to_compare_with(tmp_path: Path) -> None:
