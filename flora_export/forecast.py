@@ -2,7 +2,7 @@
 
 What is refused is known exactly: all is done that a build does, up to the fused graph, whose weights are read when they are written. Bytes,
 memory and seconds are those of the same build with one layer and with three, on this machine, and the straight line through both: every
-part of a build is a constant and a share for each layer.
+phase of a build is a constant and a share for each layer.
 """
 
 from __future__ import annotations
@@ -36,17 +36,29 @@ _SAMPLE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Cost:
-    """What a build takes. `memory` is what no file backs, in bytes; 0 where the system does not tell. `disk` is the output's bytes."""
+    """What a build takes: seconds; the output's bytes; and of each of its phases the most bytes of memory that no file backs, 0 where the
+    system does not tell.
+    """
 
     seconds: float
-    memory: int
     disk: int
+    phases: dict[str, int]
+
+    @property
+    def memory(self) -> int:
+        return max(self.phases.values(), default=0)
 
     def line(self, other: Cost, share: float) -> Cost:
-        """The cost at a place on the line through two: 0 is here, 1 is there."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        seconds, memory, disk = (here + (there - here) * share for here, there in pairs)
-        return Cost(round(seconds, 1), int(memory), int(disk))
+        """The cost at a place on the line through two: 0 is here, 1 is there. Which phase needs most is not the same everywhere on it."""
+
+        def at(here: float, there: float) -> float:
+            return here + (there - here) * share
+
+        phases = {name: int(at(memory, other.phases.get(name, memory))) for name, memory in self.phases.items()}
+        return Cost(round(at(self.seconds, other.seconds), 1), int(at(self.disk, other.disk)), phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, "phases": self.phases}
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,8 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """One JSON object; sizes in bytes."""
-        return {"possible": not self.causes} | dataclasses.asdict(self)
+        told = {layers: cost.to_dict() for layers, cost in self.calibration.items()}
+        return {"possible": not self.causes, "cost": self.cost.to_dict(), "layers": self.layers, "calibration": told, "causes": self.causes}
 
     def to_text(self) -> str:
         cost = self.cost
@@ -123,41 +136,45 @@ def _cost(place: Path, base: BaseModel, layers: int, ckpt: Path, options: BuildO
             sign=None,
         )
         large = 0 if base.is_large else sys.maxsize
-        seconds, memory = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
-        return Cost(seconds, memory, sum(file.stat().st_size for file in (place / "out").iterdir()))
+        seconds, phases = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
+        return Cost(seconds, sum(file.stat().st_size for file in (place / "out").iterdir()), phases)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _measured(*task: Any) -> tuple[float, int]:
-    """Seconds and bytes of memory of `_build`, from the start of its process to its end. Raises FloraExportError."""
+def _measured(*task: Any) -> tuple[float, dict[str, int]]:
+    """Seconds of `_build`, from the start of its process to its end, and the most memory of each phase. Raises FloraExportError."""
     here, there = _SPAWN.Pipe(duplex=False)
     process = _SPAWN.Process(target=_build, args=(there, *task))
-    started, peak = time.perf_counter(), 0
+    started, phase, phases = time.perf_counter(), "start", {"start": 0}
     process.start()
     there.close()
     try:
-        while not here.poll(_SAMPLE_SECONDS) and process.is_alive():
-            peak = max(peak, _anonymous(process))
+        while True:
+            if here.poll(_SAMPLE_SECONDS):
+                said = here.recv()
+                if not isinstance(said, str):
+                    break
+                phase = said
+            phases[phase] = max(phases.get(phase, 0), _anonymous(process))
         seconds = time.perf_counter() - started
-        error = here.recv()
     except EOFError:
         process.join()
-        error = BackendError(f"a build with fewer layers died (exit code {process.exitcode})")
+        said = BackendError(f"a build with fewer layers died (exit code {process.exitcode})")
     finally:
         process.kill()
         process.join()
-    if error is not None:
-        raise error
-    return round(seconds, 2), peak
+    if said is not None:
+        raise said
+    return round(seconds, 2), phases
 
 
 def _build(connection: Connection, ckpt: Path, base: str, output: Path, options: BuildOptions, large: int) -> None:
-    """A calibration's process: it says None, or its error."""
+    """A calibration's process: it says the name of each phase, and at last None, or its error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both, and the other kills this one
     base_model.LARGE = large  # as it is for the whole model
     try:
-        build(ckpt, base, output, options, lambda *_: None)
+        build(ckpt, base, output, options, lambda what, *_: connection.send(what))
     except VerificationError as error:
         connection.send(FloraExportError(f"a build with fewer layers is not verified, so its cost is not known: {error}"))
     except FloraExportError as error:

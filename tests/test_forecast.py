@@ -113,11 +113,12 @@ def test_what_a_build_refuses_is_refused_before_anything_is_built(
 
 
 def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {1: Cost(2.0, 2**40, 2**50), 3: Cost(3.0, 2**40, 2**50)}
+    costs = {1: Cost(2.0, 2**50, {"head": 2**41, "layers": 0}), 3: Cost(3.0, 2**50, {"head": 2**41, "layers": 2**41})}
     monkeypatch.setattr(forecast, "_cost", lambda place, base, layers, *_: costs[layers])
     code, told, _ = dry_run(adapter, deep, tmp_path / "no" / "such" / "out")
     assert code == 3 and not told["possible"]
     assert told["cost"]["seconds"] == 4.5  # the line through both, at six layers
+    assert told["cost"]["memory"] == 5 * 2**40  # of the phase that needs most there, though not with one layer, nor more with three
     assert "has room for" in told["causes"][0] and "of memory to give" in told["causes"][1]
     assert list(tmp_path.iterdir()) == []
 
