@@ -102,9 +102,8 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
     fewer = sorted({min(layers, base.layers) for layers in FEWER})
     calibration: dict[int, Cost] = {}
     with Scratch("flora-export-forecast-") as name:
-        builds = (
-            fewer if base.is_large else [fewer[0], *fewer]
-        )  # the first of all finds files that are cold: of a small base it does not count
+        # The first of all finds files that are cold, which tells beside a small base: there it does not count.
+        builds = fewer if base.is_large else [fewer[0], *fewer]
         for number, layers in enumerate(builds):
             progress("building with fewer layers", number, len(builds))
             calibration[layers] = _cost(Path(name) / str(number), base, layers, ckpt, options)

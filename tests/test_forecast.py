@@ -112,6 +112,12 @@ def test_what_a_build_refuses_is_refused_before_anything_is_built(
     assert (tmp_path / "out").exists() == (damage == "output")
 
 
+def test_a_repository_is_no_artifact(deep: Path, adapter: Path, tmp_path: Path) -> None:
+    arguments = ["build", adapter, "--base", deep, "--backend", "triton", "--output", tmp_path / "repo", "--dry-run"]
+    done = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert done.exit_code == 2 and "ask for --backend onnxruntime" in done.stderr
+
+
 def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {1: Cost(2.0, 2**50, {"head": 2**41, "layers": 0}), 3: Cost(3.0, 2**50, {"head": 2**41, "layers": 2**41})}
     monkeypatch.setattr(forecast, "_cost", lambda place, base, layers, *_: costs[layers])

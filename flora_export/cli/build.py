@@ -90,6 +90,10 @@ def build(
     """Build an artifact from the adapter CKPT; from several, a bank, of which each request chooses its own."""
     if sign is not None and backend in PUBLISHED:
         raise click.UsageError(f"--backend {backend} leaves nothing to sign: build, sign, and publish with `triton OUT REPO --signer`.")
+    if dry_run and backend in PUBLISHED:
+        raise click.UsageError(
+            f"--dry-run tells of an artifact: ask for --backend {PUBLISHED[backend]}, which is what {backend} publishes."
+        )
 
     def run() -> int:
         let_threads_sleep()
