@@ -157,6 +157,7 @@ def _measured(*task: Any) -> tuple[float, dict[str, int]]:
                 phase = said
             phases[phase] = max(phases.get(phase, 0), _anonymous(process))
         seconds = time.perf_counter() - started
+        process.join()
     except EOFError:
         process.join()
         said = BackendError(f"a build with fewer layers died (exit code {process.exitcode})")
