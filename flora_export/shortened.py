@@ -20,6 +20,8 @@ from flora_export.base_model import BESIDE, INDEX, BaseModel, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS
 from flora_export.shards import DTYPES, Planned, write_shards
 
+CHOSEN = "layers_to_transform"  # PEFT's setting whose numbers are layers; those of others are tokens
+
 
 def shorten_base(base: BaseModel, layers: int, directory: Path) -> None:
     """Write the first layers of a base model, and all that is not of a layer, as a base model of its own."""
@@ -42,17 +44,20 @@ def shorten_adapter(ckpt: Path, layers: int, directory: Path) -> None:
     """Write what an adapter does to the first layers, and to what is not of a layer, as an adapter of its own."""
     shutil.copytree(ckpt, directory, ignore=lambda _, names: [name for name in names if name not in (CONFIG, WEIGHTS)])
     config = read_json(ckpt / CONFIG, "adapter configuration")
-    (directory / CONFIG).write_text(json.dumps({key: _without(value, layers) for key, value in config.items()}, indent=1), encoding="utf-8")
+    config = {key: _without(value, layers) for key, value in config.items()}
+    if isinstance(chosen := config.get(CHOSEN), list):
+        config[CHOSEN] = [layer for layer in chosen if layer < layers]
+    (directory / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors = {name: tensor for name, tensor in load_file(ckpt / WEIGHTS).items() if _is_there(name, layers)}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def _without(value: Any, layers: int) -> Any:
-    """A setting, without what it says of layers that are gone: numbers of layers, names of modules, patterns that begin with one."""
+    """A setting, without the names of modules in layers that are gone, in a list or as the keys of a pattern."""
     if isinstance(value, Mapping):
         return {key: each for key, each in value.items() if _is_there(key, layers)}
     if isinstance(value, list):
-        return [each for each in value if (_is_there(each, layers) if isinstance(each, str) else each < layers)]
+        return [each for each in value if not isinstance(each, str) or _is_there(each, layers)]
     return value
 
 

@@ -64,6 +64,7 @@ def test_the_bytes_are_those_of_the_build(deep: Path, adapter: Path, tmp_path: P
         (make_adapter, {"rank_pattern": {"layers.4.mlp": 24, "layers.0.mlp": 8}}),
         (make_adapter, {"layers_to_transform": [0, 2, 5]}),
         (make_lora, {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.5.self_attn.q_proj", "up_proj"]}),
+        (make_lora, {"target_modules": ["up_proj"], "trainable_token_indices": [1, 40, 77]}),
         (make_lora, {"use_dora": True, "modules_to_save": ["lm_head"], "alpha_pattern": {"layers.3.mlp.up_proj": 2}}),
     ],
 )
