@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import write_result
+from flora_export.forecast import anonymous_bytes
 from flora_export.shards import Planned, write_shards
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +112,7 @@ def make_adapter(base: Path, directory: Path) -> Path:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Seconds of a command, the most of its memory that no file backs, and the disk that it read and wrote."""
+    """Seconds of a command, and the most of its memory that no file backs, in all and of each phase."""
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     phases: dict[str, dict[str, float]] = {}
@@ -122,7 +123,7 @@ def measured(command: list[str]) -> dict[str, Any]:
         text += process.stderr.read() or b""
         *lines, text = text.split(b"\n")
         last = lines[-1].decode().removesuffix(" ...") if lines else last
-        anonymous = _anonymous(process.pid)
+        anonymous = anonymous_bytes(process.pid)
         peak = max(peak, anonymous)
         phase = phases.setdefault(last, {"started_s": round(time.perf_counter() - started, 1), "anonymous_mib": 0})
         phase["anonymous_mib"] = max(phase["anonymous_mib"], anonymous >> 20)
@@ -130,14 +131,6 @@ def measured(command: list[str]) -> dict[str, Any]:
     if process.returncode:
         sys.exit(f"{' '.join(command)}: {last} {text!r} {process.stderr.read()!r}")
     return {"seconds": round(time.perf_counter() - started, 1), "peak_anonymous_mib": peak >> 20, "phases": phases}
-
-
-def _anonymous(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def run(shape: str, layers: int, work: Path, precision: str) -> dict[str, Any]:
@@ -153,12 +146,12 @@ def run(shape: str, layers: int, work: Path, precision: str) -> dict[str, Any]:
     )
     row["dry_run"] = json.loads(told.stdout)
     row["build"] = measured([*built, "--quick", "--output", str(out)])
-    row["artifact_mib"] = sum(file.stat().st_size for file in out.iterdir()) >> 20
-    cost = row["dry_run"]["cost"]
+    written, cost = sum(file.stat().st_size for file in out.iterdir()), row["dry_run"]["cost"]
+    row["artifact_mib"] = written >> 20
     row["told_by_measured"] = {
         "seconds": round(cost["seconds"] / row["build"]["seconds"], 3),
         "memory": round(cost["memory"] / 2**20 / row["build"]["peak_anonymous_mib"], 3),
-        "disk": round(cost["disk"] / sum(file.stat().st_size for file in out.iterdir()), 3),
+        "disk": round(cost["disk"] / written, 3),
     }
     return row
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import multiprocessing.process
 import shutil
 import signal
 import sys
@@ -155,7 +154,7 @@ def _measured(*task: Any) -> tuple[float, dict[str, int]]:
                 if not isinstance(said, str):
                     break
                 phase = said
-            phases[phase] = max(phases.get(phase, 0), _anonymous(process))
+            phases[phase] = max(phases.get(phase, 0), anonymous_bytes(process.pid))
         seconds = time.perf_counter() - started
         process.join()
     except EOFError:
@@ -183,10 +182,10 @@ def _build(connection: Connection, ckpt: Path, base: str, output: Path, options:
         connection.send(None)
 
 
-def _anonymous(process: multiprocessing.process.BaseProcess) -> int:
-    """Bytes of a process's memory that no file backs; 0 where the system does not tell."""
+def anonymous_bytes(pid: int | None) -> int:
+    """What a process has of memory that no file backs; 0 where the system does not tell, or it has ended."""
     try:
-        return _entry(Path(f"/proc/{process.pid}/status"), "RssAnon:")
+        return _entry(Path(f"/proc/{pid}/status"), "RssAnon:")
     except OSError:
         return 0
 

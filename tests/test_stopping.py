@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from flora_export import quantized_base
 from flora_export.artifact import staged, writing
 from flora_export.cli import common, main
-from flora_export.cli.stopping import NO_MEMORY
+from flora_export.cli.stopping import OUT_OF_MEMORY
 from flora_export.errors import BackendError
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
@@ -116,7 +116,7 @@ def test_too_little_memory_to_say_so(
     monkeypatch.setattr(common, "_fail", fail)
     code, _, _ = quantize(monkeypatch, base, tmp_path / "out", fail)
     assert code == 3
-    assert capfd.readouterr().err == NO_MEMORY.decode()
+    assert capfd.readouterr().err == OUT_OF_MEMORY.decode()
     assert list(tmp_path.iterdir()) == []
 
 

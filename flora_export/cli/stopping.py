@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 STOPPED = "interrupted; the output is as it was, or whole and new"
-NO_MEMORY = b"error: out of memory; what was there is as it was. Free some, or take a larger machine.\n"
+OUT_OF_MEMORY = b"error: out of memory; what was there is as it was. Free some, or take a larger machine.\n"
 
 
 class Stopped(SystemExit):
@@ -76,7 +76,7 @@ class Commands(click.Group):
             with stopping():
                 return super().main(*args, **kwargs)
         except MemoryError:  # there was too little even to say so; Python's own end would have the exit code of a failed verification
-            os.write(2, NO_MEMORY)
+            os.write(2, OUT_OF_MEMORY)
             sys.exit(3)
         except OSError as error:  # of stdout: a help text has nowhere to go
             leave_stdout()
