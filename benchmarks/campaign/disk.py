@@ -126,7 +126,7 @@ def lost_permissions(forks: Forks, scene: Scene, size: Size) -> Outcome:
 
 def little_memory(forks: Forks, scene: Scene, size: Size) -> Outcome:
     """Address space, swept downward: a command ends with one line, or dies or hangs in a library; the next clears up."""
-    tally = Tally(PART, "no memory: one line and exit 1, 2 or 3, or death in a library; nothing has changed, and the next run clears up")
+    tally = Tally(PART, "no memory: one line, exit 1, 2 or 3, and nothing has changed, or death in a library; the next run clears up")
     died, hung, unfinished = 0, 0, 0
     for megabytes in (256, 24) if size == "short" else MEGABYTES:
         for writer in writers(scene)[:1] if size == "short" else writers(scene)[1:4]:
