@@ -101,6 +101,21 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's shape made small, with random weights and its own tokenizer."""
+    import transformers as tf
+
+    directory = tmp_path_factory.mktemp("tiny")
+    config = tf.AutoConfig.from_pretrained(
+        smollm2, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tf.AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def flora_decode() -> Path:
     """The C++ example, built."""
     if (missing := what_is_missing()) is not None:

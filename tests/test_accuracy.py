@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as tf
 
 from benchmarks.accuracy.analysis import paired, pareto, summary
 from benchmarks.accuracy.experiment import best_rates, experiment
@@ -24,7 +23,7 @@ from benchmarks.accuracy.scoring import scores
 from benchmarks.accuracy.tasks import TASKS, Example
 from benchmarks.accuracy.training import Fit, collate, encode, load_base, train
 
-TRAINED = [name for name, method in METHODS.items() if method.config]
+TRAINED = [name for name, method in METHODS.items() if method.config and not method.placement]
 COUNTS = {"arithmetic": 4, "lexical": 4, "dialogue": 4}
 TINY = Preset(
     methods=("base", "lora", "ffba"),
@@ -40,19 +39,6 @@ TINY = Preset(
 )
 
 
-@pytest.fixture(scope="module")
-def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's shape made small, with random weights and its own tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
-    config = tf.AutoConfig.from_pretrained(
-        smollm2, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
-    )
-    torch.manual_seed(0)
-    tf.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tf.AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
-    return directory
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_budgets_are_equal(smollm2: Path, preset: Preset) -> None:
@@ -62,24 +48,28 @@ def test_budgets_are_equal(smollm2: Path, preset: Preset) -> None:
         assert abs(count / budget - 1) <= TOLERANCE, name
 
 
-def test_a_budget_that_no_rank_meets_is_refused(tiny: Path) -> None:
+def test_a_budget_that_no_rank_meets_is_refused(tiny_smollm2: Path) -> None:
     with pytest.raises(ValueError, match="no rank near 1 has 10 trainable numbers"):
-        fitted(METHODS["ffba"], tiny, 10)
+        fitted(METHODS["ffba"], tiny_smollm2, 10)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_method_trains_what_its_budget_counts_and_learns(tiny: Path, name: str) -> None:
-    budget = budget_of(tiny, 9)
+def test_a_method_trains_what_its_budget_counts_and_learns(tiny_smollm2: Path, name: str) -> None:
+    budget = budget_of(tiny_smollm2, 9)
     fit = Fit(name, "lexical", 1e-2, seed=0, steps=1, batch=8, budget=budget)
-    model, _, before = train(fit, tiny, validation=16)
-    assert before["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad) == fitted(METHODS[name], tiny, budget)[1]
-    _, _, after = train(dataclasses.replace(fit, steps=12), tiny, validation=16)
+    model, _, before = train(fit, tiny_smollm2, validation=16)
+    assert (
+        before["trainable"]
+        == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        == fitted(METHODS[name], tiny_smollm2, budget)[1]
+    )
+    _, _, after = train(dataclasses.replace(fit, steps=12), tiny_smollm2, validation=16)
     assert after["validation_loss"] < before["validation_loss"] - 0.02
 
 
-def test_the_loss_is_of_the_answers_alone(tiny: Path) -> None:
+def test_the_loss_is_of_the_answers_alone(tiny_smollm2: Path) -> None:
     """The kept logits and their labels give the loss that the whole unpadded sequences give."""
-    model, tokenizer = load_base(tiny)
+    model, tokenizer = load_base(tiny_smollm2)
     rows = [encode(tokenizer, example) for example in TASKS["arithmetic"].examples("train", 3, 0)]
     batch = collate(rows)
     with torch.no_grad():
@@ -93,8 +83,8 @@ def test_the_loss_is_of_the_answers_alone(tiny: Path) -> None:
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_scores_choose_and_write(tiny: Path) -> None:
-    model, tokenizer = load_base(tiny)
+def test_scores_choose_and_write(tiny_smollm2: Path) -> None:
+    model, tokenizer = load_base(tiny_smollm2)
     for task in TASKS.values():
         examples = task.examples("test", 5, 0)
         assert len(scores(model, tokenizer, task, examples)) == 5
@@ -132,9 +122,9 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert pareto({"a": (1.0, 0.5), "b": (1.0, 0.6), "c": (1.1, 0.6), "d": (1.2, 0.9)}) == ["b", "d"]
 
 
-def test_the_whole_comparison(tiny: Path, tmp_path: Path) -> None:
+def test_the_whole_comparison(tiny_smollm2: Path, tmp_path: Path) -> None:
     """Sweep, seeds, latency, table and plot; a second call reads what the first has kept."""
-    result = experiment(TINY, TINY.methods, tiny, tmp_path / "work")
+    result = experiment(TINY, TINY.methods, tiny_smollm2, tmp_path / "work")
     assert len(result["sweep"]) == 2 * 3 * 2
     assert [run["fit"]["seed"] for run in result["runs"] if run["fit"]["method"] == "base"] == [0, 0, 0]
     for run in result["runs"]:
@@ -144,7 +134,7 @@ def test_the_whole_comparison(tiny: Path, tmp_path: Path) -> None:
             losses = {each["validation_loss"]: each["fit"]["learning_rate"] for each in result["sweep"] if same_cell(each["fit"], fit)}
             assert fit["learning_rate"] == losses[min(losses)]
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob(RECORD)}
-    again = experiment(TINY, TINY.methods, tiny, tmp_path / "work")
+    again = experiment(TINY, TINY.methods, tiny_smollm2, tmp_path / "work")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob(RECORD)} == kept
     assert again["runs"] == result["runs"]
 
@@ -161,9 +151,9 @@ def test_the_whole_comparison(tiny: Path, tmp_path: Path) -> None:
     assert "FFBA" in (tmp_path / "plot.svg").read_text()
 
 
-def test_a_sweep_alone(tiny: Path, tmp_path: Path) -> None:
+def test_a_sweep_alone(tiny_smollm2: Path, tmp_path: Path) -> None:
     preset = dataclasses.replace(TINY, methods=("ffba",), test={}, sweep_seeds=(0, 1))
-    result = experiment(preset, preset.methods, tiny, tmp_path)
+    result = experiment(preset, preset.methods, tiny_smollm2, tmp_path)
     assert "runs" not in result
     assert len(result["sweep"]) == 2 * 3 * 2
     cell = [run for run in result["sweep"] if run["fit"]["task"] == "lexical"]
@@ -178,15 +168,15 @@ def same_cell(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return (one["method"], one["task"]) == (other["method"], other["task"])
 
 
-def test_runs_of_another_base_or_program_are_not_taken(tiny: Path, tmp_path: Path) -> None:
+def test_runs_of_another_base_or_program_are_not_taken(tiny_smollm2: Path, tmp_path: Path) -> None:
     """Else a changed method, or another model of the same shape, would be shown with the numbers of the old one."""
     work = tmp_path / "work"
-    assert claim(work, tiny) == claim(work, tiny) == json.loads((work / FILE).read_text())
+    assert claim(work, tiny_smollm2) == claim(work, tiny_smollm2) == json.loads((work / FILE).read_text())
     other = tmp_path / "other"
-    shutil.copytree(tiny, other)
+    shutil.copytree(tiny_smollm2, other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(ValueError, match=r"work holds runs made with another base: remove it, or choose another directory by --work"):
         claim(work, other)
-    (work / FILE).write_text(json.dumps(claim(work, tiny) | {"code": "0", "device": "abacus"}))
+    (work / FILE).write_text(json.dumps(claim(work, tiny_smollm2) | {"code": "0", "device": "abacus"}))
     with pytest.raises(ValueError, match="another device and code"):
-        claim(work, tiny)
+        claim(work, tiny_smollm2)

@@ -14,7 +14,7 @@ FILE = "made_with.json"
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torch", "transformers", "peft")
 SOURCES = (  # what a run's numbers come from; not what counts and draws them
-    *("benchmarks/accuracy/methods.py", "benchmarks/accuracy/training.py", "benchmarks/accuracy/scoring.py"),
+    *(f"benchmarks/accuracy/{name}.py" for name in ("methods", "placements", "training", "scoring")),
     *("benchmarks/accuracy/tasks/*.py", "benchmarks/accuracy/tasks/*.tsv", "flora_export/branch.py", "flora_export/ffba/*.py"),
 )
 

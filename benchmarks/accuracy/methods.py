@@ -20,16 +20,20 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TOLERANCE = 0.02  # of the budget
 
 
+Configure = Callable[[int, int, float], peft.PeftConfig]
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune. `config` takes the rank for attention and the one for MLPs; None: no adapter."""
+    """A way to fine-tune. `config` takes the rank for attention, the one for MLPs, and a factor on alpha; None: no adapter."""
 
     label: str
-    config: Callable[[int, int], peft.PeftConfig] | None = None
+    config: Configure | None = None
     trains_base: bool = False
     rate: float = 1.0  # factor on the learning rates of the sweep: full fine-tuning needs far smaller steps
     unmerged: str = ""  # the arm of `flora-export bench` as which it runs beside the base, switchable; empty: not measured
     merges: bool = True  # into the base's weights, and then runs as the base; an FFBA adapter fuses instead
+    placement: str = ""  # of placements.py: not a PEFT method, but hooks
 
     @property
     def trains(self) -> bool:
@@ -40,27 +44,30 @@ class Method:
         return self.unmerged == "fused"
 
 
-def _lora(**options: object) -> Callable[[int, int], peft.PeftConfig]:
+def _lora(**options: object) -> Configure:
     settings = {"target_modules": "all-linear", **options}
 
-    def config(attention: int, mlp: int) -> peft.PeftConfig:
-        pattern, alphas = ({MLP: mlp}, {MLP: 2 * mlp}) if mlp != attention else ({}, {})
+    def config(attention: int, mlp: int, scale: float) -> peft.PeftConfig:
+        alpha = 2 * scale
+        pattern, alphas = ({MLP: mlp}, {MLP: alpha * mlp}) if mlp != attention else ({}, {})
         return peft.LoraConfig(
-            r=attention, lora_alpha=2 * attention, rank_pattern=pattern, alpha_pattern=alphas, task_type="CAUSAL_LM", **settings
+            r=attention, lora_alpha=alpha * attention, rank_pattern=pattern, alpha_pattern=alphas, task_type="CAUSAL_LM", **settings
         )
 
     return config
 
 
-def _delora(attention: int, mlp: int) -> peft.PeftConfig:
+def _delora(attention: int, mlp: int, scale: float) -> peft.PeftConfig:
     pattern = {MLP: mlp} if mlp != attention else {}
+    if scale != 1:
+        raise ValueError("DeLoRA trains its scale")
     return peft.DeloraConfig(r=attention, rank_pattern=pattern, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _ffba(**options: object) -> Callable[[int, int], peft.PeftConfig]:
-    def config(attention: int, mlp: int) -> peft.PeftConfig:
+def _ffba(**options: object) -> Configure:
+    def config(attention: int, mlp: int, scale: float) -> peft.PeftConfig:
         pattern = {"mlp": mlp} if mlp != attention else {}
-        return FFBAConfig(r=attention, alpha=float(attention), rank_pattern=pattern, task_type="CAUSAL_LM", **options)
+        return FFBAConfig(r=attention, alpha=scale * attention, rank_pattern=pattern, task_type="CAUSAL_LM", **options)
 
     return config
 
@@ -91,14 +98,27 @@ ABLATIONS = {
     "ffba-random": _beside("FFBA, random start", init_ffba_weights="kaiming"),
     "ffba-gain-1": _beside("FFBA, gated gain 1", gated_gain=1.0),
 }
-METHODS = COMPARED | ABLATIONS
+# Branches in other places, tried and not built.
+PLACED = {
+    "next": Method("into the next block's projections, from the block's input", _ffba(), placement="next", merges=False),
+    "carried": Method("into the next block's projections, from the last one's input", _ffba(), placement="carried", merges=False),
+}
+METHODS = COMPARED | ABLATIONS | PLACED
 
 
 def budget_of(base: Path, rank: int) -> int:
     """The trainable numbers of LoRA on all linear projections at a rank: what every other method is given."""
     config = METHODS["lora"].config
     assert config is not None
-    return _trainable(AutoConfig.from_pretrained(base), config(rank, rank))
+    return _trainable(AutoConfig.from_pretrained(base), config(rank, rank, 1.0))
+
+
+def configured(method: Method, base: Path, budget: int, rank: int, scale: float) -> peft.PeftConfig:
+    """The method at the ranks that a budget allows; without a budget at a rank, with `scale` times its own alpha."""
+    if budget:
+        return fitted(method, base, budget)[0]
+    assert method.config is not None
+    return method.config(rank, rank, scale)
 
 
 def fitted(method: Method, base: Path, budget: int) -> tuple[peft.PeftConfig, int]:
@@ -111,12 +131,12 @@ def fitted(method: Method, base: Path, budget: int) -> tuple[peft.PeftConfig, in
     """
     assert method.config is not None
     model, config = AutoConfig.from_pretrained(base), method.config
-    one, two = (_trainable(model, config(rank, rank)) for rank in (1, 2))
+    one, two = (_trainable(model, config(rank, rank, 1.0)) for rank in (1, 2))
     rank = max(1, round((budget - one) / (two - one)) + 1)
     for ranks in ((rank, rank), (rank, rank + 1), (rank, max(1, rank - 1))):
-        count = _trainable(model, config(*ranks))
+        count = _trainable(model, config(*ranks, 1.0))
         if abs(count / budget - 1) <= TOLERANCE:
-            return config(*ranks), count
+            return config(*ranks, 1.0), count
     raise ValueError(f"{method.label}: no rank near {rank} has {budget} trainable numbers within {TOLERANCE:.0%}; choose another budget")
 
 

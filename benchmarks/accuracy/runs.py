@@ -83,7 +83,7 @@ def _run(run: Run, base: Path, work: Path) -> dict[str, Any]:
         model, tokenizer, trained = train(fit, base, run.validation)
         trained["train_seconds"] = round(time.perf_counter() - started, 1)
         record |= trained
-        if METHODS[fit.method].config is not None:
+        if isinstance(model, peft.PeftModel):
             model.save_pretrained(adapter)
             (adapter / RECORD).write_text(json.dumps(trained))
     if run.test:

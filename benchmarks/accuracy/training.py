@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.accuracy.methods import METHODS, fitted
+from benchmarks.accuracy.methods import METHODS, configured
+from benchmarks.accuracy.placements import place
 from benchmarks.accuracy.tasks import TASKS, Example
 
 IGNORED = -100  # label of a token that the loss leaves out: the prompt and the padding
@@ -29,17 +30,23 @@ class Fit:
     seed: int
     steps: int
     batch: int
-    budget: int  # trainable numbers
+    budget: int = 0  # trainable numbers, which decide the rank; 0: the rank is given
+    rank: int = 0
+    scale: float = 1.0  # factor on the method's own alpha
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.task}-{self.learning_rate:g}-{self.seed}-{self.steps}x{self.batch}-{self.budget}"
+        size = f"{self.budget}" if self.budget else f"r{self.rank}-x{self.scale:g}"
+        return f"{self.method}-{self.task}-{self.learning_rate:g}-{self.seed}-{self.steps}x{self.batch}-{size}"
 
 
 def load_base(base: Path) -> tuple[Any, Any]:
     """Model in fp32 and tokenizer. Padding goes to the left, so that all answers of a batch end at the same place."""
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    # The last tokens of a batch are no contiguous tensor: torch would multiply each row of it with a copy of the head of its own.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return model, tokenizer
 
 
 def encode(tokenizer: Any, example: Example) -> dict[str, list[int]]:
@@ -77,7 +84,8 @@ def train(fit: Fit, base: Path, validation: int) -> tuple[Any, Any, dict[str, An
     method, task = METHODS[fit.method], TASKS[fit.task]
     model, tokenizer = load_base(base)
     if method.config is not None:
-        model = peft.get_peft_model(model, fitted(method, base, fit.budget)[0])
+        config = configured(method, base, fit.budget, fit.rank, fit.scale)
+        model = place(model, method.placement, config) if method.placement else peft.get_peft_model(model, config)
     elif not method.trains_base:
         raise ValueError(f"{method.label} trains nothing")
     rows = [encode(tokenizer, example) for example in task.examples("train", fit.steps * fit.batch, fit.seed)]

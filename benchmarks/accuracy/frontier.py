@@ -1,0 +1,178 @@
+"""The frontier: accuracy against latency, for FFBA and LoRA at many ranks. Which adapter, at which rank, for which decode step?
+
+    python -m benchmarks.accuracy.frontier --base models/smollm2                   # small: two CPU cores, under 60 minutes
+    python -m benchmarks.accuracy.frontier --base models/smollm2 --preset full     # every rank, five seeds: a GPU, or many hours
+    python -m benchmarks.accuracy.frontier --base models/smollm2 --tune            # choose rates and scales anew
+
+Equal parameters are not equal latency: a fused adapter's cost hardly grows with its rank, an unmerged LoRA's is there at rank 1. So every
+method has its ranks, and every rank of each its own learning rate and its own factor on alpha, by the loss on validation examples: rates
+first, then factors at the best rate, the same ones for all. What was chosen is kept in frontier-PRESET-tuning.json beside the result and
+used from there. Then each arm is trained with every seed, and judged by test examples, once. Runs are kept in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# from benchmarks.accuracy.frontier_latency import latency
+# from benchmarks.accuracy.frontier_report import markdown, plot, summarise
+from benchmarks.accuracy.frontier_latency import latency
+from benchmarks.accuracy.frontier_report import markdown, plot, summarise
+from benchmarks.accuracy.kept import claim
+from benchmarks.accuracy.runs import Run, run_all
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.training import Fit
+from flora_export.errors import FloraExportError
+from flora_export.verify.latency import environment
+
+RESULTS = Path(__file__).parent.parent / "results"
+Arm = tuple[str, int]  # method, rank
+Chosen = dict[str, dict[str, list[float]]]  # "method rank" -> task -> learning rate, factor on alpha
+
+
+@dataclass(frozen=True)
+class Frontier:
+    arms: tuple[Arm, ...]
+    rates: tuple[float, ...]
+    scales: tuple[float, ...]  # factors on a method's own alpha, tried at the best rate beside 1
+    seeds: tuple[int, ...]
+    steps: int
+    batch: dict[str, int]
+    validation: dict[str, int]
+    test: dict[str, int]
+    workers: int  # processes at a time
+    threads: int  # of each
+    rounds: int  # of the latency benchmark
+
+
+PRESETS = {
+    "small": Frontier(
+        arms=(("ffba-mlp", 32), ("ffba", 8), ("ffba", 128), ("lora", 1), ("lora", 8)),
+        rates=(1.5e-3, 3e-3, 6e-3),
+        scales=(0.5, 2.0),
+        seeds=(0, 1, 2),
+        steps=40,
+        batch={"arithmetic": 4, "lexical": 16, "dialogue": 4},
+        validation={"arithmetic": 48, "lexical": 300, "dialogue": 48},
+        test={"arithmetic": 100, "lexical": 700, "dialogue": 50},
+        workers=2,
+        threads=1,
+        rounds=60,
+    ),
+    "full": Frontier(
+        arms=(
+            *(("ffba-mlp", rank) for rank in (8, 32, 128)),
+            *(("ffba", rank) for rank in (4, 8, 16, 32, 64, 128)),
+            *(("lora", rank) for rank in (1, 2, 4, 8, 16, 32, 64)),
+        ),
+        rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        scales=(0.25, 0.5, 2.0, 4.0),
+        seeds=(0, 1, 2, 3, 4),
+        steps=300,
+        batch={"arithmetic": 16, "lexical": 12, "dialogue": 16},
+        validation={"arithmetic": 200, "lexical": 350, "dialogue": 200},
+        test={"arithmetic": 1000, "lexical": 750, "dialogue": 500},
+        workers=8,
+        threads=2,
+        rounds=150,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.accuracy.frontier", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True, help="SmolLM2 directory, from examples/00_get_smollm2.py")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates and scales, and stop there")
+    parser.add_argument("--work", type=Path, default=Path("build/frontier"), help="where runs are kept")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where frontier-PRESET.json and its plot go")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset]
+    try:
+        made_with = claim(options.work, options.base)
+    except (ValueError, FloraExportError) as error:
+        parser.error(str(error))
+    head = {"command": shlex.join(["python", "-m", "benchmarks.accuracy.frontier", *sys.argv[1:]]), "preset": asdict(preset)}
+    tail = {"made_with": made_with, "environment": environment()}
+    options.output.mkdir(parents=True, exist_ok=True)
+    place = options.output / f"frontier-{options.preset}.json"
+    tuning = place.with_name(f"frontier-{options.preset}-tuning.json")
+    if options.tune or not tuning.is_file():
+        _write(tuning, head | tune(preset, options.base, options.work) | tail)
+    if options.tune:
+        return
+    chosen = json.loads(tuning.read_text())["chosen"]
+    result = head | {"tuned": tuning.name} | judge(preset, chosen, options.base, options.work) | tail
+    result["summary"] = summarise(result)
+    result["table"] = markdown(result["summary"])
+    plot(result["summary"], place.with_suffix(".svg"))
+    _write(place, result)
+    print("\n".join([*result["table"], "", result["summary"]["advice"]]))
+
+
+def _write(place: Path, result: dict[str, Any]) -> None:
+    place.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def named(arm: Arm) -> str:
+    return f"{arm[0]} {arm[1]}"
+
+
+def _fit(preset: Frontier, arm: Arm, task: str, seed: int, rate: float, scale: float) -> Fit:
+    return Fit(arm[0], task, rate, seed, preset.steps, preset.batch[task], rank=arm[1], scale=scale)
+
+
+def tune(preset: Frontier, base: Path, work: Path) -> dict[str, Any]:
+    """A learning rate and a factor on alpha for every arm and task: the rate first, then the factor at that rate; one seed."""
+    cells = [(arm, task) for arm in preset.arms for task in TASKS]
+
+    def tried(settings: Sequence[tuple[Arm, str, float, float]]) -> list[dict[str, Any]]:
+        runs = [Run(_fit(preset, arm, task, preset.seeds[0], rate, scale), preset.validation[task]) for arm, task, rate, scale in settings]
+        return run_all(runs, base, work, preset.workers, preset.threads)
+
+    records = tried([(*cell, rate, 1.0) for cell in cells for rate in preset.rates])
+    best = _lowest(records)
+    records += tried([(arm, task, best[arm, task][0], scale) for arm, task in cells for scale in preset.scales])
+    best = _lowest(records)
+    chosen: Chosen = {named(arm): {task: list(best[arm, task]) for task in TASKS} for arm in preset.arms}
+    return {"tried": records, "chosen": chosen}
+
+
+def _lowest(records: Sequence[dict[str, Any]]) -> dict[tuple[Arm, str], tuple[float, float]]:
+    """(arm, task) -> the learning rate and the factor with the lowest loss on validation."""
+    best: dict[tuple[Arm, str], dict[str, Any]] = {}
+    for record in records:
+        fit = record["fit"]
+        cell = (fit["method"], fit["rank"]), fit["task"]
+        if cell not in best or record["validation_loss"] < best[cell]["validation_loss"]:
+            best[cell] = record
+    return {cell: (record["fit"]["learning_rate"], record["fit"]["scale"]) for cell, record in best.items()}
+
+
+def judge(preset: Frontier, chosen: Chosen, base: Path, work: Path) -> dict[str, Any]:
+    """Every arm with every seed, on test examples; the base once; and what every arm costs."""
+    runs = [
+        Run(_fit(preset, arm, task, seed, *chosen[named(arm)][task]), preset.validation[task], preset.test[task])
+        for seed in preset.seeds
+        for arm in preset.arms
+        for task in TASKS
+    ]
+    runs += [Run(_fit(preset, ("base", 0), task, preset.seeds[0], 0.0, 1.0), 0, preset.test[task]) for task in TASKS]
+    records = run_all(runs, base, work, preset.workers, preset.threads)
+    threads = min(os.cpu_count() or 1, preset.workers * preset.threads)
+    seconds = round(sum(record["seconds"] for record in records))
+    return {"runs": records, "process_seconds": seconds, "latency": latency(preset.arms, base, work, preset.rounds, threads)}
+
+
+if __name__ == "__main__":
+    main()

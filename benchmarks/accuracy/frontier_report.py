@@ -1,0 +1,165 @@
+"""The frontier's table, plot and advice, from its runs and latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.analysis import Scores, contrast, pareto, score_matrix, summary
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.tasks import TASKS
+
+METRICS = {"tpot": "decode step", "ttft": "prefill"}
+COLOURS = {"ffba": "tab:green", "ffba-mlp": "tab:olive", "lora": "tab:gray"}
+SIGNIFICANT = 0.05
+
+
+def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Every arm's scores and costs; one FFBA against one LoRA, chosen by validation, anywhere and at LoRA's least latency; the advice."""
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for record in result["runs"]:
+        runs.setdefault(_name(record), []).append(record)
+    base = runs.pop("base 0")
+    arms = {name: _arm(name, records, result["latency"]) for name, records in runs.items()}
+    scores = {name: _scores(records) for name, records in runs.items()}
+    return {
+        "base": {record["fit"]["task"]: round(float(np.mean(record["scores"])), 4) for record in base},
+        "arms": arms,
+        "contrasts": _contrasts(arms, scores),
+        "pareto": pareto({name: (arm["cost"]["fp32"]["tpot"][0], arm["mean"]) for name, arm in arms.items()}),
+        "advice": advice(arms, scores),
+    }
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return f"{record['fit']['method']} {record['fit']['rank']}"
+
+
+def _scores(records: Sequence[Mapping[str, Any]]) -> list[Scores]:
+    """A matrix [seeds, examples] for each task."""
+    return [score_matrix([record for record in records if record["fit"]["task"] == task]) for task in TASKS]
+
+
+def _arm(name: str, records: Sequence[Mapping[str, Any]], latency: Mapping[str, Any]) -> dict[str, Any]:
+    method, _, rank = name.partition(" ")
+    tasks = dict(zip(TASKS, map(summary, _scores(records)), strict=True))
+    losses = [float(np.mean([r["validation_loss"] for r in records if r["fit"]["task"] == task])) for task in TASKS]
+    cost = {
+        precision: {
+            metric: next([row["ratio_to_base"], *row["ratio_interval"]] for row in rows if (row["metric"], row["arm"]) == (metric, name))
+            for metric in METRICS
+        }
+        for precision, rows in latency.items()
+    }
+    return {
+        "label": f"{METHODS[method].label}, r = {rank}",
+        "method": method,
+        "trainable": records[0]["trainable"],
+        "tasks": tasks,
+        "mean": round(float(np.mean([task["mean"] for task in tasks.values()])), 4),
+        "validation": round(geometric_mean(losses), 4),  # of the tasks' losses, so that none weighs more for its size
+        "cost": cost,
+    }
+
+
+def _contrasts(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> dict[str, Any]:
+    """Chosen by validation alone, so that the test examples decide nothing but the outcome."""
+    ffba, lora = ([name for name, arm in arms.items() if (arm["method"] == "lora") == other] for other in (False, True))
+    cheapest = min(lora, key=lambda name: _decode(arms[name]))
+    level = [name for name in ffba if _decode(arms[name]) <= _decode(arms[cheapest])] or [min(ffba, key=lambda name: _decode(arms[name]))]
+    pairs = {"best of each": (_best(arms, ffba), _best(arms, lora)), "at the least latency of a LoRA": (_best(arms, level), cheapest)}
+    return {
+        what: {"ours": ours, "theirs": theirs, **contrast(scores[ours], scores[theirs])}
+        | {"tasks": {task: contrast([a], [b]) for task, a, b in zip(TASKS, scores[ours], scores[theirs], strict=True)}}
+        for what, (ours, theirs) in pairs.items()
+    }
+
+
+def _decode(arm: Mapping[str, Any]) -> float:
+    return float(arm["cost"]["fp32"]["tpot"][0])
+
+
+def _best(arms: Mapping[str, Any], names: Sequence[str]) -> str:
+    return min(names, key=lambda name: arms[name]["validation"])
+
+
+def advice(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> str:
+    """What to take, in a sentence or two: the arm with the cheapest decode step that none is measured to beat."""
+    best = _best(arms, list(arms))
+    by_cost = sorted(arms, key=lambda name: _decode(arms[name]))
+    take = next(name for name in by_cost if name == best or _not_behind(contrast(scores[name], scores[best])))
+    found = contrast(scores[take], scores[best]) if take != best else None
+    text = (
+        f"To switch adapters at run time, take {arms[take]['label']}: a decode step of {_decode(arms[take]):.3f} times the base's in fp32, "
+        f"{arms[take]['cost']['int4']['tpot'][0]:.3f} in int4, and a mean score of {arms[take]['mean']:.3f}"
+    )
+    if found is not None:
+        text += (
+            f", {found['difference']:+.3f} from the best on validation, {arms[best]['label']} (p = {found['p']:.2f}; a difference of "
+            f"{found['detectable']:.3f} would be found 80 times in 100)"
+        )
+    merged = max((name for name in arms if arms[name]["method"] == "lora"), key=lambda name: -arms[name]["validation"])
+    return f"{text}. For one task alone, a LoRA that is merged costs nothing: {arms[merged]['label']} has {arms[merged]['mean']:.3f}."
+
+
+def _not_behind(found: Mapping[str, Any]) -> bool:
+    return found["difference"] >= 0 or found["p"] >= SIGNIFICANT
+
+
+def markdown(summary: Mapping[str, Any]) -> list[str]:
+    """An arm a row: its scores, mean and standard deviation over seeds, and what it costs, as ratios to the base."""
+    costs = [f"{what}, {precision}" for precision in ("fp32", "int4") for what in METRICS.values()]
+    heads = ["adapter", "trainable", *(f"{task.name} ({task.metric})" for task in TASKS.values()), "mean", *costs]
+    rows = [["base model", "-", *(f"{score:.3f}" for score in summary["base"].values())]]
+    rows[0] += [f"{float(np.mean(list(summary['base'].values()))):.3f}", *("1" for _ in costs)]
+    for arm in summary["arms"].values():
+        cells = [arm["label"], f"{arm['trainable'] / 1e6:.2f} M"]
+        for task in arm["tasks"].values():
+            cells.append(f"{task['mean']:.3f}" + (f" ± {task['sd_over_seeds']:.3f}" if task["sd_over_seeds"] is not None else ""))
+        cells.append(f"{arm['mean']:.3f}")
+        cells += [f"{ratios[metric][0]:.3f}" for ratios in arm["cost"].values() for metric in METRICS]
+        rows.append(cells)
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def sentence(found: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
+    """One contrast, with what its test could have seen."""
+    low, high = found["interval"]
+    return (
+        f"{arms[found['ours']]['label']} minus {arms[found['theirs']]['label']}: {found['difference']:+.3f} (95 % interval {low:+.3f} to "
+        f"{high:+.3f}, p = {found['p']:.2f}; power: a true difference of {found['detectable']:.3f} is found 80 times in 100)"
+    )
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """Mean score against the ratio of the decode step, a panel for each precision, ranks of one method joined; as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "frontier"
+    import matplotlib.pyplot as plt
+
+    arms = summary["arms"]
+    precisions = list(next(iter(arms.values()))["cost"])
+    figure, panels = plt.subplots(1, len(precisions), figsize=(6 * len(precisions), 4.5), sharey=True, layout="constrained", squeeze=False)
+    for axes, precision in zip(panels[0], precisions, strict=True):
+        for method in dict.fromkeys(arm["method"] for arm in arms.values()):
+            of = [(name, arm) for name, arm in arms.items() if arm["method"] == method]
+            costs, means = [arm["cost"][precision]["tpot"][0] for _, arm in of], [arm["mean"] for _, arm in of]
+            deployed = "unmerged" if METHODS[method].merges else "fused"
+            axes.plot(costs, means, "o-", color=COLOURS[method], label=f"{METHODS[method].label}, {deployed}", linewidth=1)
+            for cost, mean, (name, _) in zip(costs, means, of, strict=True):
+                axes.annotate(f"r={name.partition(' ')[2]}", (cost, mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            if METHODS[method].merges:
+                axes.plot([1.0] * len(means), means, "x", color=COLOURS[method], label=f"{METHODS[method].label}, merged: one task")
+        axes.set_title(precision)
+        axes.set_xlabel("decode step, ratio to the base model's")
+        axes.margins(x=0.15, y=0.15)
+    panels[0][0].set_ylabel("mean score of the three tasks, on test examples")
+    panels[0][0].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

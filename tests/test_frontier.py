@@ -1,0 +1,146 @@
+"""The frontier of accuracy and latency: its statistics, what it chooses by, its branches in other places, and all of it at tiny size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.accuracy.analysis import Scores, contrast
+from benchmarks.accuracy.frontier import PRESETS, Frontier, judge, tune
+from benchmarks.accuracy.frontier_report import advice, markdown, plot, sentence, summarise
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.placements import place
+from benchmarks.accuracy.runs import RECORD
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.training import Fit, load_base, train
+
+COUNTS = {"arithmetic": 4, "lexical": 4, "dialogue": 4}
+TINY = Frontier(
+    arms=(("ffba-mlp", 4), ("ffba", 2), ("lora", 1)),
+    rates=(1e-3, 1e-2),
+    scales=(0.5,),
+    seeds=(0, 1),
+    steps=2,
+    batch=COUNTS,
+    validation=COUNTS,
+    test=COUNTS,
+    workers=2,
+    threads=1,
+    rounds=1,
+)
+
+
+def drawn(rng: np.random.Generator, shift: float) -> list[Scores]:
+    """Three tasks' scores of four seeds, which differ by seed and by example."""
+    return [rng.normal(shift, 0.2, (4, 60)) + rng.normal(0, 0.03, (4, 1)) + rng.normal(0, 0.2, (1, 60)) for _ in TASKS]
+
+
+def test_a_contrast_is_right_by_chance_as_often_as_it_says() -> None:
+    """Of equal methods 5 in 100 differ with p < 0.05; of a true difference of the size that it names it finds 80 in 100."""
+    rng = np.random.default_rng(0)
+    same = [contrast(drawn(rng, 0), drawn(rng, 0)) for _ in range(400)]
+    assert 0.02 < np.mean([found["p"] < 0.05 for found in same]) < 0.08
+    size = float(np.mean([found["detectable"] for found in same]))  # type: ignore[misc]
+    apart = [contrast(drawn(rng, size), drawn(rng, 0)) for _ in range(400)]
+    assert 0.7 < np.mean([found["p"] < 0.05 for found in apart]) < 0.9
+    assert np.mean([low < size < high for low, high in (found["interval"] for found in apart)]) > 0.9  # type: ignore[misc]
+
+
+def test_a_contrast_of_equal_scores_and_of_one_seed() -> None:
+    scores = drawn(np.random.default_rng(0), 0)
+    assert contrast(scores, scores) == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0, "detectable": 0.0}
+    one = [matrix[:1] for matrix in scores]
+    shifted = contrast([matrix + np.random.default_rng(1).normal(0.5, 0.1, matrix.shape) for matrix in one], one)
+    assert shifted["p"] < 0.01  # type: ignore[operator]
+
+
+def test_two_presets_and_their_arms() -> None:
+    for preset in PRESETS.values():
+        assert {METHODS[method].merges for method, _ in preset.arms} == {True, False}
+        assert len(preset.seeds) >= 3
+    assert PRESETS["full"].steps >= 300
+    assert len(PRESETS["full"].seeds) >= 5
+
+
+@pytest.mark.parametrize("placement", ["next", "carried"])
+def test_a_branch_elsewhere_starts_as_the_base_reads_where_it_says_and_learns(tiny_smollm2: Path, placement: str) -> None:
+    model, _ = load_base(tiny_smollm2)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        alone = model(ids).logits
+        place(model, placement, METHODS[placement].config(4, 4, 1.0))  # type: ignore[misc]
+        assert torch.equal(model(ids).logits, alone)  # B is zero
+        layers, carriers = model.model.layers, model.carriers
+        assert len(carriers) == 2 * len(layers) - 1  # no block follows the last
+        seen: dict[str, Any] = {}
+        read = {"next": ("q_proj", "gate_proj"), "carried": ("o_proj", "down_proj")}[placement]
+        for key, module in (("attention", getattr(layers[0].self_attn, read[0])), ("mlp", getattr(layers[0].mlp, read[1]))):
+            module.register_forward_pre_hook(lambda _, inputs, key=key: seen.update({key: inputs[0]}))
+        for name, writer in (("up", layers[0].mlp.up_proj), ("key", layers[1].self_attn.k_proj)):
+            writer.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: (module, inputs[0], output)}))
+        for carrier in carriers:
+            for matrix in carrier.B:
+                matrix.weight.normal_()
+        assert not torch.allclose(model(ids).logits, alone)
+        for carrier, source, sink, place_of in ((carriers[0], "attention", "up", 1), (carriers[1], "mlp", "key", 1)):
+            module, x, output = seen[sink]
+            expected = module.forward(x) + carrier.B[place_of](carrier.A(seen[source]))
+            torch.testing.assert_close(output, expected)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.startswith("carriers.") for name in trained)
+    losses = [train(Fit(placement, "lexical", 3e-2, 0, steps, 8, rank=8), tiny_smollm2, 16)[2]["validation_loss"] for steps in (1, 12)]
+    assert losses[1] < losses[0] - 0.01
+
+
+def arm(method: str, decode: float, validation: float, mean: float) -> dict[str, Any]:
+    cost = {precision: {metric: [decode, decode, decode] for metric in ("tpot", "ttft")} for precision in ("fp32", "int4")}
+    return {"label": f"{method} at {decode}", "method": method, "validation": validation, "mean": mean, "cost": cost}
+
+
+def test_the_advice_is_the_cheapest_that_none_is_measured_to_beat() -> None:
+    rng = np.random.default_rng(0)
+    good, poor = drawn(rng, 0.5), drawn(rng, 0)
+    arms = {"a": arm("ffba", 1.01, 0.3, 0.0), "b": arm("ffba", 1.05, 0.2, 0.5), "c": arm("lora", 1.2, 0.1, 0.5)}
+    alike = [matrix + rng.normal(0, 0.05, matrix.shape) for matrix in good]
+    assert "take ffba at 1.05:" in advice(arms, {"a": poor, "b": alike, "c": good})
+    assert "take ffba at 1.01:" in advice(arms, {"a": alike, "b": alike, "c": good})
+    assert "take lora at 1.2:" in advice(arms, {"a": poor, "b": poor, "c": good})
+
+
+def test_the_whole_frontier(tiny_smollm2: Path, tmp_path: Path) -> None:
+    """Chosen by validation, judged by test, timed; a second call reads what the first has kept."""
+    work = tmp_path / "work"
+    tuned = tune(TINY, tiny_smollm2, work)
+    assert len(tuned["tried"]) == 3 * 3 * (2 + 1)
+    for name, tasks in tuned["chosen"].items():
+        for task, (rate, scale) in tasks.items():
+            cell = [r for r in tuned["tried"] if (f"{r['fit']['method']} {r['fit']['rank']}", r["fit"]["task"]) == (name, task)]
+            best = min(cell, key=lambda record: record["validation_loss"])["fit"]
+            assert (rate, scale) == (best["learning_rate"], best["scale"])
+    result = judge(TINY, tuned["chosen"], tiny_smollm2, work)
+    kept = {path: path.stat().st_mtime_ns for path in work.rglob("*.json")}
+    assert judge(TINY, tuned["chosen"], tiny_smollm2, work) == result
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*.json")} == kept
+    assert any(path.name == RECORD for path in kept)
+
+    table = summarise(result)
+    assert table["base"].keys() == TASKS.keys()
+    assert list(table["arms"]) == ["ffba-mlp 4", "ffba 2", "lora 1"]
+    found = table["contrasts"]["best of each"]
+    assert found["theirs"] == "lora 1"
+    validation = {name: table["arms"][name]["validation"] for name in ("ffba-mlp 4", "ffba 2")}
+    assert found["ours"] == min(validation, key=lambda name: validation[name])
+    assert "power: a true difference of" in sentence(found, table["arms"])
+    lines = markdown(table)
+    assert len(lines) == 2 + 1 + 3
+    assert len({line.count("|") for line in lines}) == 1
+    assert any(table["arms"][name]["label"] in table["advice"] for name in table["arms"])
+    json.dumps(table)
+    plot(table, tmp_path / "plot.svg")
+    assert "FFBA" in (tmp_path / "plot.svg").read_text()
