@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.accuracy.analysis import Scores, contrast
 from benchmarks.accuracy.frontier import PRESETS, Frontier, judge, tune
-from benchmarks.accuracy.frontier_report import advice, markdown, plot, sentence, summarise
+from benchmarks.accuracy.frontier_report import advice, markdown, plot, sentence, summarise, validation_table
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.placements import place
 from benchmarks.accuracy.runs import RECORD
@@ -59,8 +60,8 @@ def test_a_contrast_of_equal_scores_and_of_one_seed() -> None:
     assert shifted["p"] < 0.01  # type: ignore[operator]
 
 
-def test_two_presets_and_their_arms() -> None:
-    for preset in PRESETS.values():
+def test_presets_have_the_arms_that_their_report_needs() -> None:
+    for preset in (preset for preset in PRESETS.values() if preset.test):
         assert {METHODS[method].merges for method, _ in preset.arms} == {True, False}
         assert len(preset.seeds) >= 3
     assert PRESETS["full"].steps >= 300
@@ -96,6 +97,34 @@ def test_a_branch_elsewhere_starts_as_the_base_reads_where_it_says_and_learns(ti
     assert all(name.startswith("carriers.") for name in trained)
     losses = [train(Fit(placement, "lexical", 3e-2, 0, steps, 8, rank=8), tiny_smollm2, 16)[2]["validation_loss"] for steps in (1, 12)]
     assert losses[1] < losses[0] - 0.01
+
+
+def test_placements_are_compared_on_validation_alone(tiny_smollm2: Path, tmp_path: Path) -> None:
+    preset = replace(TINY, arms=(("ffba", 2), ("next", 2)), rates=(1e-3,), scales=(), seeds=(0, 1, 2), test={})
+    result = judge(preset, tune(preset, tiny_smollm2, tmp_path)["chosen"], tiny_smollm2, tmp_path)
+    assert "latency" not in result
+    assert len(result["runs"]) == 2 * 3 * 3
+    first, second = validation_table(result["runs"], "ffba 2")[2:]
+    assert first.endswith("| 1.000 |")
+    assert "(p = " in second
+
+
+def test_a_lower_loss_of_every_seed_shows() -> None:
+    rng = np.random.default_rng(0)
+    runs = [
+        {
+            "fit": {"method": method, "rank": 2, "task": task, "seed": seed},
+            "trainable": 10,
+            "validation_loss": loss * rng.uniform(0.99, 1.01),
+        }
+        for method, factor in (("ffba", 1.0), ("next", 0.8), ("carried", 1.0))
+        for task, loss in zip(TASKS, (0.2 * factor, 1.2 * factor, 0.2 * factor), strict=True)
+        for seed in range(5)
+    ]
+    better, same = validation_table(runs, "ffba 2")[3:]
+    assert "| 0.8" in better
+    assert "(p = 0.00)" in better
+    assert float(same.partition("(p = ")[2].partition(")")[0]) > 0.05
 
 
 def arm(method: str, decode: float, validation: float, mean: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks.accuracy.analysis import Scores, contrast, pareto, score_matrix, summary
 from benchmarks.accuracy.methods import METHODS
@@ -124,6 +125,28 @@ def markdown(summary: Mapping[str, Any]) -> list[str]:
         cells += [f"{ratios[metric][0]:.3f}" for ratios in arm["cost"].values() for metric in METRICS]
         rows.append(cells)
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]:
+    """An arm a row: its loss on validation, mean and standard deviation over seeds; all tasks together as a ratio to the rival's.
+
+    The ratio is the geometric mean over tasks and seeds, its p that of Student's t for its logarithm, a value for each seed.
+    """
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        losses.setdefault(_name(run), {}).setdefault(run["fit"]["task"], {})[run["fit"]["seed"]] = run["validation_loss"]
+    lines = [f"| adapter | trainable | {' | '.join(TASKS)} | all, ratio to the first |", "| --- " * (len(TASKS) + 3) + "|"]
+    trainable = {_name(run): run["trainable"] for run in runs}
+    for name, tasks in losses.items():
+        method, _, rank = name.partition(" ")
+        cells = [f"{METHODS[method].label}, r = {rank}", f"{trainable[name] / 1e6:.2f} M"]
+        cells += [f"{np.mean(list(seeds.values())):.3f} ± {np.std(list(seeds.values()), ddof=1):.3f}" for seeds in tasks.values()]
+        logs = [
+            np.mean([np.log(seeds[seed] / losses[rival][task][seed]) for task, seeds in tasks.items()]) for seed in losses[rival]["lexical"]
+        ]
+        p = "" if name == rival else f" (p = {stats.ttest_1samp(logs, 0.0).pvalue:.2f})"
+        lines.append(f"| {' | '.join(cells)} | {np.exp(np.mean(logs)):.3f}{p} |")
+    return lines
 
 
 def sentence(found: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
