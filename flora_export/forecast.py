@@ -2,13 +2,15 @@
 
 What is refused is known exactly: all is done that a build does, up to the fused graph, whose weights are read when they are written. Bytes,
 memory and seconds are those of the same build with one layer and with three, on this machine, and the straight line through both: every
-phase of a build is a constant and a share for each layer.
+phase of a build is a constant and a share for each layer. Other work on the machine can make the smaller build take longer than the larger
+one; a layer's share is no less than what its work takes with all processors at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -35,11 +37,12 @@ _SAMPLE_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Cost:
-    """What a build takes: seconds; the output's bytes; and of each of its phases the most bytes of memory that no file backs, 0 where the
-    system does not tell.
+    """What a build takes: seconds, and those of processors; the output's bytes; and of each of its phases the most bytes of memory that no
+    file backs, 0 where the system does not tell.
     """
 
     seconds: float
+    processors: float
     disk: int
     phases: dict[str, int]
 
@@ -47,17 +50,21 @@ class Cost:
     def memory(self) -> int:
         return max(self.phases.values(), default=0)
 
-    def line(self, other: Cost, share: float) -> Cost:
+    def line(self, other: Cost, share: float, cores: int) -> Cost:
         """The cost at a place on the line through two: 0 is here, 1 is there. Which phase needs most is not the same everywhere on it."""
 
         def at(here: float, there: float) -> float:
             return here + (there - here) * share
 
+        work = other.processors - self.processors
+        seconds = self.seconds + max(other.seconds - self.seconds, work / cores) * share
         phases = {name: int(at(memory, other.phases.get(name, memory))) for name, memory in self.phases.items()}
-        return Cost(round(at(self.seconds, other.seconds), 1), int(at(self.disk, other.disk)), phases)
+        processors = round(self.processors + work * share, 1)
+        return Cost(round(seconds, 1), processors, int(at(self.disk, other.disk)), phases)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, "phases": self.phases}
+        seconds = {"seconds": self.seconds, "processor_seconds": self.processors}
+        return {**seconds, "memory": self.memory, "disk": self.disk, "phases": self.phases}
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
             progress("building with fewer layers", number, len(builds))
             calibration[layers] = _cost(Path(name) / str(number), base, layers, ckpt, options)
     first, last = fewer[0], fewer[-1]
-    cost = calibration[first].line(calibration[last], (base.layers - first) / max(1, last - first))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cost = calibration[first].line(calibration[last], (base.layers - first) / max(1, last - first), cores)
     return Forecast(cost, base.layers, calibration, list(_causes(cost, output)))
 
 
@@ -134,14 +142,17 @@ def _cost(place: Path, base: BaseModel, layers: int, ckpt: Path, options: BuildO
             sign=None,
         )
         large = 0 if base.is_large else sys.maxsize
-        seconds, phases = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
-        return Cost(seconds, sum(file.stat().st_size for file in (place / "out").iterdir()), phases)
+        seconds, processors, phases = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
+        return Cost(seconds, processors, sum(file.stat().st_size for file in (place / "out").iterdir()), phases)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _measured(*task: Any) -> tuple[float, dict[str, int]]:
-    """Seconds of `_build`, from the start of its process to its end, and the most memory of each phase. Raises FloraExportError."""
+def _measured(*task: Any) -> tuple[float, float, dict[str, int]]:
+    """Seconds of `_build`, from the start of its process to its end; those of processors; the most memory of each phase.
+
+    Raises FloraExportError.
+    """
     here, there = _SPAWN.Pipe(duplex=False)
     process = _SPAWN.Process(target=_build, args=(there, *task))
     started, phase, phases = time.perf_counter(), "start", {"start": 0}
@@ -163,13 +174,13 @@ def _measured(*task: Any) -> tuple[float, dict[str, int]]:
     finally:
         process.kill()
         process.join()
-    if said is not None:
+    if isinstance(said, FloraExportError):
         raise said
-    return round(seconds, 2), phases
+    return round(seconds, 2), round(said, 2), phases
 
 
 def _build(connection: Connection, ckpt: Path, base: str, output: Path, options: BuildOptions, large: int) -> None:
-    """A calibration's process: it says the name of each phase, and at last None, or its error."""
+    """A calibration's process: it says the name of each phase, and at last the seconds of processors that it took, or its error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both, and the other kills this one
     base_model.LARGE = large  # as it is for the whole model
     try:
@@ -179,7 +190,7 @@ def _build(connection: Connection, ckpt: Path, base: str, output: Path, options:
     except FloraExportError as error:
         connection.send(error)
     else:
-        connection.send(None)
+        connection.send(time.process_time())
 
 
 def anonymous_bytes(pid: int | None) -> int:

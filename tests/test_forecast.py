@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -120,7 +121,7 @@ def test_a_repository_is_no_artifact(deep: Path, adapter: Path, tmp_path: Path) 
 
 
 def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {1: Cost(2.0, 2**50, {"head": 2**41, "layers": 0}), 3: Cost(3.0, 2**50, {"head": 2**41, "layers": 2**41})}
+    costs = {1: Cost(2.0, 2.0, 2**50, {"head": 2**41, "layers": 0}), 3: Cost(3.0, 3.0, 2**50, {"head": 2**41, "layers": 2**41})}
     monkeypatch.setattr(forecast, "_cost", lambda place, base, layers, *_: costs[layers])
     code, told, _ = dry_run(adapter, deep, tmp_path / "no" / "such" / "out")
     assert code == 3 and not told["possible"]
@@ -128,6 +129,15 @@ def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, t
     assert told["cost"]["memory"] == 5 * 2**40  # of the phase that needs most there, though not with one layer, nor more with three
     assert "has room for" in told["causes"][0] and "of memory to give" in told["causes"][1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_smaller_build_that_other_work_made_slow_does_not_make_layers_free() -> None:
+    """A build of 28 layers was once told to take less than the one with a single layer that told it."""
+    disturbed, larger = Cost(180.0, 100.0, 0, {}), Cost(160.0, 140.0, 0, {})
+    told = disturbed.line(larger, 27 / 2, cores=2)
+    assert told.seconds == 180 + 20 * 27 / 2
+    assert told.processors == 100 + 40 * 27 / 2
+    assert disturbed.line(dataclasses.replace(larger, seconds=240.0), 27 / 2, cores=2).seconds == 180 + 60 * 27 / 2  # as measured
 
 
 def test_a_calibration_that_dies_or_fails_is_an_error(deep: Path, tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ class Decoder:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self.lengths, self.mask = np.full(batch, past), np.ones((batch, past), np.int64)
+        self.results: dict[str, Any] = {}
         for layer, pair in enumerate(cache):
             for kind, array in zip(("key", "value"), pair, strict=True):
                 name = f"past_key_values.{layer}.{kind}"

@@ -162,4 +162,6 @@ def run_forced(runner: Runner, prompts: list[list[int]], forced: list[list[int]]
 def _after(runner: Runner, cache: Cache, tokens: list[int]) -> Logits:
     """Logits [tokens, vocabulary] of tokens fed one by one after a cache."""
     runner.resume(cache)
-    return np.concatenate([runner.step([token]) for token in tokens])
+    logits = np.concatenate([runner.step([token]) for token in tokens])
+    runner.resume([(keys[:, :, :0], values[:, :, :0]) for keys, values in cache])  # lets go of it before the other runner has its own
+    return logits
