@@ -17,7 +17,7 @@ ADAPTER := examples/01_train_ffba/adapter
 LLAMA_CPP := $(VENV)/llama.cpp
 QUESTION := Anna has 14 apples. Ben gives Anna 9 more, and then Anna loses 5. How many apples does Anna have now?
 
-.PHONY: demo serve fleet test lint types bench machines campaign accuracy readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies \
+.PHONY: demo serve fleet test lint types bench machines campaign accuracy frontier readme-tables train cpp-dependencies fuzz-dependencies browser-dependencies \
 	server-dependencies locks licences audit clean
 
 demo: $(BASE)
@@ -98,6 +98,12 @@ campaign: $(VENV)/installed-test $(BASE) $(SERVER) fuzz-dependencies server-depe
 PRESET := small
 accuracy: $(VENV)/installed-accuracy $(BASE)
 	$(BIN)/python -m benchmarks.accuracy --base $(BASE) --preset $(PRESET)
+	$(BIN)/python benchmarks/readme_tables.py
+
+# Accuracy against latency at many ranks, FFBA and LoRA, and which to take: trains, scores, times, and draws. Under 60 minutes on two cores;
+# `PRESET=full` on a GPU, `PRESET=placement` for branches in other places. Kept in build/frontier as above.
+frontier: $(VENV)/installed-accuracy $(BASE)
+	$(BIN)/python -m benchmarks.accuracy.frontier --base $(BASE) --preset $(PRESET)
 	$(BIN)/python benchmarks/readme_tables.py
 
 # The README's measured section, from benchmarks/results/.

@@ -9,14 +9,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 SIGNIFICANT = 0.05
 ACCURACY = ("small", "small-base-lora-ffba-ffba-mlp", "ablation", "trials")
 
 
 def method_section() -> str:
     """The measured section of docs/method.md: accuracy beside latency, what FFBA's defaults bring, and what was tried before."""
-    small, more, ablation, trials = (json.loads((ROOT / f"benchmarks/results/accuracy-{name}.json").read_text()) for name in ACCURACY)
+    small, more, ablation, trials = (json.loads((RESULTS / f"accuracy-{name}.json").read_text()) for name in ACCURACY)
     seeds = len(ablation["preset"]["sweep_seeds"])
     return "\n".join(
         [
@@ -51,6 +51,56 @@ def method_section() -> str:
             *loss_rows(losses_at(trials["trials"], rate=2e-3, seed=0), ("arithmetic", "lexical")),
         ]
     )
+
+
+def frontier_section() -> str:
+    """The measured section of docs/frontier.md: the table, the plot, the contrasts, and what was chosen for each arm."""
+    result, tuning = (json.loads((RESULTS / f"frontier-small{end}.json").read_text()) for end in ("", "-tuning"))
+    preset, summary = result["preset"], result["summary"]
+    chosen = ["| adapter | " + " | ".join(preset["test"]) + " |", "| --- " * (len(preset["test"]) + 1) + "|"]
+    for name, tasks in tuning["chosen"].items():
+        cells = [f"{rate:g}, {scale:g}" for rate, scale in tasks.values()]
+        chosen.append(f"| {summary['arms'][name]['label']} | " + " | ".join(cells) + " |")
+    lines = [
+        *result["table"],
+        "",
+        f"Mean and standard deviation over {len(preset['seeds'])} seeds, {preset['steps']} steps; costs are ratios to the base, medians",
+        f"({result['environment']['cores']} cores; [frontier-small.json](../benchmarks/results/frontier-small.json)).",
+        "",
+        "![mean score against decode step](../benchmarks/results/frontier-small.svg)",
+        "",
+        f"**{summary['advice']}**",
+        "",
+        *(f"- {what[0].upper()}{what[1:]}: {found['said']}." for what, found in summary["contrasts"].items()),
+        "",
+        f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in preset['rates'])},",
+        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1;",
+        "[frontier-small-tuning.json](../benchmarks/results/frontier-small-tuning.json)):",
+        "",
+        *chosen,
+    ]
+    if (placed := RESULTS / "frontier-placement.json").is_file():
+        placement = json.loads(placed.read_text())
+        lines += [
+            "",
+            f"Branches in other places: loss on validation, {len(placement['preset']['seeds'])} seeds",
+            "([frontier-placement.json](../benchmarks/results/frontier-placement.json)):",
+            "",
+            *placement["table"],
+        ]
+    return "\n".join(lines)
+
+
+def frontier_paragraph() -> list[str]:
+    """What the README says of accuracy, with its test."""
+    result = json.loads((RESULTS / "frontier-small.json").read_text())
+    preset, found = result["preset"], result["summary"]["contrasts"]
+    return [
+        f"**Accuracy against latency**, {len(preset['arms'])} adapters, each tuned by itself on validation, {len(preset['seeds'])} seeds,",
+        f"{preset['steps']} steps ([docs/frontier.md](docs/frontier.md): table, plot, how):",
+        *(f"{what}, {each['said']}." for what, each in found.items()),
+        result["summary"]["advice"],
+    ]
 
 
 Losses = dict[tuple[str, str], float]  # of a method on a task

@@ -3,7 +3,8 @@
     python -m benchmarks.large --shapes 1b 3b 8b --work DIR
 
 Random weights in fp16 in the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B, made on disk; the tokenizer is SmolLM2's. `8b:12` has twelve
-of its layers, where there is too little disk or time, and its row says so. Writes benchmarks/results/large.json after each size.
+of its layers, where there is too little disk or time, and its row says so. Writes benchmarks/results/large.json after each size; rows of other
+sizes stay as they are there, each with the processor that it was measured on.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import write_result
+from benchmarks.common import RESULTS, write_result
 from flora_export.forecast import anonymous_bytes
 from flora_export.shards import Planned, write_shards
+from flora_export.verify.latency import environment
 
 ROOT = Path(__file__).parent.parent
+RESULT = RESULTS / "large.json"
 TOKENIZER = ROOT / "models" / "smollm2"
 LAYERS = {"tiny": 2, "1b": 16, "3b": 28, "8b": 32}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -140,7 +143,11 @@ def run(shape: str, layers: int, work: Path, precision: str) -> dict[str, Any]:
     make_adapter(base, adapter)
     command = [sys.executable, "-m", "flora_export.cli"]
     built = [*command, "build", str(adapter), "--base", str(base), "--backend", "onnxruntime", "--precision", precision]
-    row: dict[str, Any] = {"layers": layers, "base_mib": sum(f.stat().st_size for f in base.iterdir()) >> 20}
+    row: dict[str, Any] = {
+        "processor": environment()["cpu"],
+        "layers": layers,
+        "base_mib": sum(f.stat().st_size for f in base.iterdir()) >> 20,
+    }
     told = subprocess.run(
         [*built, "--quick", "--output", str(out), "--dry-run", "--json"], env=ENVIRONMENT, stdout=subprocess.PIPE, check=True
     )
@@ -162,7 +169,9 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="Made, and taken away again.")
     arguments = parser.parse_args()
-    rows: dict[str, Any] = {}
+    settings = {"precision": arguments.precision, "rank": RANK}
+    former = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    rows: dict[str, Any] = former["sizes"] if settings.items() <= former.items() else {}
     for asked in arguments.shapes:
         shape, _, layers = asked.partition(":")
         work = arguments.work / asked
@@ -171,7 +180,7 @@ def main() -> None:
             rows[asked] = run(shape, int(layers or LAYERS[shape]), work, arguments.precision)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        write_result("large", {"precision": arguments.precision, "rank": RANK, "sizes": rows})
+        write_result("large", settings | {"sizes": {asked: rows[asked] for asked in sorted(rows)}})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 #     benchmarks/on_gpu.sh RESULTS [SECONDS]     # 570 seconds, unless told; again, until it exits with 0
 #     benchmarks/on_gpu.sh --missing             # packages that are not there, as locked: stage them as wheels, and no network is needed
 #
-# PARTS chooses among: latency (gpu.py, one file for each of DTYPES), artifacts (built for CUDA and verified there) and accuracy (PRESET, full),
-# which need models/smollm2. Exit codes: 0 all is in RESULTS, 75 call again, 1 a parity check or a verification failed, 2 wrong use.
+# PARTS chooses among: latency (gpu.py, one file for each of DTYPES), artifacts (built for CUDA and verified there), accuracy and frontier (of
+# PRESET, full); all but the first need models/smollm2. Exit codes: 0 all is in RESULTS, 75 call again, 1 a parity check or a verification failed, 2 wrong use.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -28,8 +28,8 @@ missing() {
 mkdir -p "$1"
 results=$(cd "$1" && pwd)
 end=$((SECONDS + ${2:-570}))
-parts=" ${PARTS:-latency artifacts accuracy} "
-[[ -d $base ]] || { echo "$base is not there: latency alone is measured" >&2; parts=${parts/ artifacts /  } parts=${parts/ accuracy /  }; }
+parts=" ${PARTS:-latency artifacts accuracy frontier} "
+[[ -d $base ]] || { echo "$base is not there: latency alone is measured" >&2; [[ $parts == *" latency "* ]] && parts=" latency " || parts=; }
 failed=0
 
 # need SECONDS: end this call where so many are not left
@@ -61,13 +61,16 @@ done
 	grep -q '"verified": true' "$file" || failed=1
 done
 
-if [[ $parts == *" accuracy "* ]]; then
-	if [[ ! -s $results/accuracy-${PRESET:=full}.json ]]; then
+compare() { # PART MODULE
+	local file=$results/$1-${PRESET:=full}.json
+	if [[ $parts == *" $1 "* && ! -s $file ]]; then
 		need 60
-		timeout $((end - SECONDS)) $python -m benchmarks.accuracy --base $base --preset "$PRESET" --work "$results/accuracy" --output "$results"
-		code=$?
+		timeout $((end - SECONDS)) $python -m "$2" --base $base --preset "$PRESET" --work "$results/$1" --output "$results"
+		local code=$?
 		((code == 124)) && exit 75
 		((code == 0)) || failed=1
 	fi
-fi
+}
+compare accuracy benchmarks.accuracy
+compare frontier benchmarks.accuracy.frontier
 exit $failed

@@ -73,11 +73,12 @@ def _contrasts(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> d
     cheapest = min(lora, key=lambda name: _decode(arms[name]))
     level = [name for name in ffba if _decode(arms[name]) <= _decode(arms[cheapest])] or [min(ffba, key=lambda name: _decode(arms[name]))]
     pairs = {"best of each": (_best(arms, ffba), _best(arms, lora)), "at the least latency of a LoRA": (_best(arms, level), cheapest)}
-    return {
-        what: {"ours": ours, "theirs": theirs, **contrast(scores[ours], scores[theirs])}
-        | {"tasks": {task: contrast([a], [b]) for task, a, b in zip(TASKS, scores[ours], scores[theirs], strict=True)}}
-        for what, (ours, theirs) in pairs.items()
-    }
+    found = {}
+    for what, (ours, theirs) in pairs.items():
+        tasks = {task: contrast([a], [b]) for task, a, b in zip(TASKS, scores[ours], scores[theirs], strict=True)}
+        found[what] = {"ours": ours, "theirs": theirs, **contrast(scores[ours], scores[theirs]), "tasks": tasks}
+        found[what]["said"] = sentence(found[what], arms)
+    return found
 
 
 def _decode(arm: Mapping[str, Any]) -> float:
