@@ -3,8 +3,8 @@
     python -m benchmarks.large --shapes 1b 3b 8b --work DIR
 
 Random weights in fp16 in the shapes of Llama 3.2 1B and 3B and Llama 3.1 8B, made on disk; the tokenizer is SmolLM2's. `8b:12` has twelve
-of its layers, where there is too little disk or time, and its row says so. Writes benchmarks/results/large.json after each size; rows of other
-sizes stay as they are there, each with the processor that it was measured on.
+of its layers, where there is too little disk or time, and its row says so. Writes benchmarks/results/large.json after each size; rows of
+other sizes stay as they are there, each with the processor that it was measured on.
 """
 
 from __future__ import annotations
