@@ -25,8 +25,8 @@ def latency(arms: Sequence[tuple[str, int]], base: Path, work: Path, rounds: int
     """Precision -> a row of `flora-export bench` for each metric and arm, named "method rank", beside the base's; kept in `work`.
 
     What is timed is the same for any numbers in an adapter, so these are random. An FFBA adapter is fused, a LoRA on all linear projections
-    stands beside the base; merged into it, it would be the base's graph with other numbers. Over an int4 base an FFBA's neurons are int4 as
-    the MLP is; a LoRA stays in fp32, as servers keep it.
+    stands beside the base; merged into it, it would be the base's graph with other numbers. Over an int4 base an FFBA is int4 as its hosts
+    are, by the default of `build`; a LoRA stays in fp32 beside them.
     """
     results = {}
     for precision in PRECISIONS:

@@ -104,7 +104,7 @@ def advice(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> str:
             f", {found['difference']:+.3f} from the best on validation, {arms[best]['label']} (p = {found['p']:.2f}; a difference of "
             f"{found['detectable']:.3f} would be found 80 times in 100)"
         )
-    merged = max((name for name in arms if arms[name]["method"] == "lora"), key=lambda name: -arms[name]["validation"])
+    merged = _best(arms, [name for name, arm in arms.items() if arm["method"] == "lora"])
     return f"{text}. For one task alone, a LoRA that is merged costs nothing: {arms[merged]['label']} has {arms[merged]['mean']:.3f}."
 
 
