@@ -24,6 +24,7 @@ def method_section() -> str:
             "",
             f"Mean and standard deviation over {len(small['preset']['seeds'])} seeds, {small['preset']['steps']} steps",
             "([accuracy-small.json](../benchmarks/results/accuracy-small.json)); merged, a LoRA or DoRA is the base's graph.",
+            *against_lora(small),
             "Learning rates chosen from " + ", ".join(f"{rate:g}" for rate in small["preset"]["learning_rates"]) + ":",
             ", ".join(f"{method} {rate:g}" for method, rate in small["learning_rates"].items()) + ".",
             "",
@@ -53,14 +54,32 @@ def method_section() -> str:
     )
 
 
+def against_lora(accuracy: dict[str, Any]) -> list[str]:
+    """Whether FFBA wins at one budget."""
+    methods = accuracy["summary"]["methods"]
+    ours, lora = methods["ffba"], methods["lora"]
+    versus = {task: (row["difference"], *row["interval"], row["p"]) for task, row in ours["against_lora"].items()}
+    fused, unmerged = ours["tpot"]["fused"][0], lora["tpot"]["unmerged"][0]
+    return [
+        f"FFBA's mean is above LoRA's on {sum(row[0] > 0 for row in versus.values())} of {len(versus)} tasks;",
+        f"differences with a p below {SIGNIFICANT}: {sum(row[3] < SIGNIFICANT for row in versus.values())} of {len(versus)}.",
+        "All of them, with 95 % intervals over test examples and p of a paired permutation test:",
+        "; ".join(f"{task} {diff:+.3f} ({low:+.3f} to {high:+.3f}, p {p:.2g})" for task, (diff, low, high, p) in versus.items()) + ".",
+        f"Its fused decode step takes {1 - fused / unmerged:.1%} less time than that of an unmerged LoRA of this budget;",
+        f"the base's own, without any adapter, {1 - 1 / unmerged:.1%} less.",
+    ]
+
+
 def frontier_section() -> str:
     """The measured section of docs/frontier.md: the table, the plot, the contrasts, and what was chosen for each arm."""
     result, tuning = (json.loads((RESULTS / f"frontier-small{end}.json").read_text()) for end in ("", "-tuning"))
     preset, summary = result["preset"], result["summary"]
+    cells = [cell for tasks in tuning["chosen"].values() for cell in tasks.values()]
+    ends = sum(rate in (min(preset["rates"]), max(preset["rates"])) for rate, _ in cells)
     chosen = ["| adapter | " + " | ".join(preset["test"]) + " |", "| --- " * (len(preset["test"]) + 1) + "|"]
     for name, tasks in tuning["chosen"].items():
-        cells = [f"{rate:g}, {scale:g}" for rate, scale in tasks.values()]
-        chosen.append(f"| {summary['arms'][name]['label']} | " + " | ".join(cells) + " |")
+        row = [f"{rate:g}, {scale:g}" for rate, scale in tasks.values()]
+        chosen.append(f"| {summary['arms'][name]['label']} | " + " | ".join(row) + " |")
     lines = [
         *result["table"],
         "",
@@ -74,7 +93,8 @@ def frontier_section() -> str:
         *(f"- {what[0].upper()}{what[1:]}: {found['said']}." for what, found in summary["contrasts"].items()),
         "",
         f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in preset['rates'])},",
-        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1;",
+        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1; in {ends} of {len(cells)} cells the best rate",
+        "is an end of the list, so that one beyond it may be better still;",
         "[frontier-small-tuning.json](../benchmarks/results/frontier-small-tuning.json)):",
         "",
         *chosen,
@@ -98,8 +118,9 @@ def frontier_paragraph() -> list[str]:
     return [
         f"**Accuracy against latency**, {len(preset['arms'])} adapters, each tuned by itself on validation, {len(preset['seeds'])} seeds,",
         f"{preset['steps']} steps ([docs/frontier.md](docs/frontier.md): table, plot, how):",
-        *(f"{what}, {each['said']}." for what, each in found.items()),
-        result["summary"]["advice"],
+        "",
+        *(f"- {what[0].upper()}{what[1:]}: {each['said']}." for what, each in found.items()),
+        f"- {result['summary']['advice']}",
     ]
 
 
@@ -129,23 +150,3 @@ def loss_rows(losses: Losses, tasks: Sequence[str]) -> list[str]:
         if all((method, task) in losses for task in tasks):
             lines.append(f"| {method} | " + " | ".join(f"{losses[method, task]:.3f}" for task in tasks) + " |")
     return lines
-
-
-def accuracy_paragraph(accuracy: dict[str, Any]) -> list[str]:
-    """What leads to the table of accuracy beside latency: how it was made, and whether FFBA wins."""
-    methods, preset = accuracy["summary"]["methods"], accuracy["preset"]
-    ours, lora = methods["ffba"], methods["lora"]
-    versus = {task: (row["difference"], *row["interval"], row["p"]) for task, row in ours["against_lora"].items()}
-    fused, unmerged = ours["tpot"]["fused"][0], lora["tpot"]["unmerged"][0]
-    return [
-        "**Accuracy beside latency** at one budget of trainable parameters",
-        f"([accuracy-small.json](benchmarks/results/accuracy-small.json), {len(preset['seeds'])} seeds, mean and standard deviation;",
-        "[how, and what it means](docs/method.md)). Each method has",
-        f"{preset['steps']} steps on short generated tasks, so it tells how fast a method learns from few examples, not where it ends.",
-        f"FFBA's mean is above LoRA's on {sum(row[0] > 0 for row in versus.values())} of {len(versus)} tasks;",
-        f"differences with a p below {SIGNIFICANT}: {sum(row[3] < SIGNIFICANT for row in versus.values())} of {len(versus)}.",
-        "All of them, with 95 % intervals over test examples and p of a paired permutation test:",
-        "; ".join(f"{task} {diff:+.3f} ({low:+.3f} to {high:+.3f}, p {p:.2g})" for task, (diff, low, high, p) in versus.items()) + ".",
-        f"Its fused decode step takes {1 - fused / unmerged:.1%} less time than that of an unmerged LoRA of this budget;",
-        f"the base's own, without any adapter, {1 - 1 / unmerged:.1%} less.",
-    ]

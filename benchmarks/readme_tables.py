@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accuracy_tables import accuracy_paragraph, method_section
+from accuracy_tables import frontier_paragraph, frontier_section, method_section
 from edge_tables import edge_section
 from reliability_tables import reliability_paragraph, reliability_section
 from scale_tables import fleet_table, large_table
@@ -31,10 +31,10 @@ def section() -> str:
     """The measured section, without its heading."""
     results = "benchmarks/results"
     examples = "examples/01_train_ffba"
-    names = ("decode", "build", "engines", "decode_mlp", "serve", "accuracy-small", "quantized", "methods", "bank")
+    names = ("decode", "build", "engines", "decode_mlp", "serve", "quantized", "methods", "bank")
     files = [f"{results}/{name}.json" for name in names]
     files += [f"{examples}/{adapter}/training.json" for adapter in ("adapter", "adapter_mlp")]
-    decode, build, engines, decode_mlp, serve, accuracy, quantized, methods, bank, training, training_mlp = (
+    decode, build, engines, decode_mlp, serve, quantized, methods, bank, training, training_mlp = (
         json.loads((ROOT / file).read_text()) for file in files
     )
     settings = decode["settings"]
@@ -69,11 +69,11 @@ def section() -> str:
         large_table(),
         fleet_table(),
         reliability_paragraph(),
-        accuracy_paragraph(accuracy),
+        frontier_paragraph(),
     ]
     head = f"| ratio to the base model (95 % interval) | decode, {past} past tokens | prefill, {prompt} tokens | {prompt} + {new} tokens |"
     table = [head, "| --- | --- | --- | --- |", *rows(decode)]
-    return "\n".join(table) + "\n\n" + "\n\n".join("\n".join(paragraph) for paragraph in [*paragraphs, accuracy["table"]])
+    return "\n".join(table) + "\n\n" + "\n\n".join("\n".join(paragraph) for paragraph in paragraphs)
 
 
 def rows(decode: dict[str, Any]) -> list[str]:
@@ -325,6 +325,7 @@ def bank_section() -> str:
 SECTIONS = {
     "README.md": section,
     "docs/method.md": method_section,
+    "docs/frontier.md": frontier_section,
     "docs/verification.md": verification_section,
     "docs/bank.md": bank_section,
     "docs/edge.md": edge_section,

@@ -165,7 +165,7 @@ def test_the_whole_frontier(tiny_smollm2: Path, tmp_path: Path) -> None:
     assert found["theirs"] == "lora 1"
     validation = {name: table["arms"][name]["validation"] for name in ("ffba-mlp 4", "ffba 2")}
     assert found["ours"] == min(validation, key=lambda name: validation[name])
-    assert "power: a true difference of" in found["said"]
+    assert "power: it finds a true difference of" in found["said"]
     lines = markdown(table)
     assert len(lines) == 2 + 1 + 3
     assert len({line.count("|") for line in lines}) == 1

@@ -15,6 +15,7 @@ from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.tasks import TASKS
 
 METRICS = {"tpot": "decode step", "ttft": "prefill"}
+LABELS = {"ffba": "FFBA", "ffba-mlp": "FFBA beside MLPs alone", "lora": "LoRA on all projections"}
 COLOURS = {"ffba": "tab:green", "ffba-mlp": "tab:olive", "lora": "tab:gray"}
 SIGNIFICANT = 0.05
 
@@ -57,11 +58,12 @@ def _arm(name: str, records: Sequence[Mapping[str, Any]], latency: Mapping[str, 
         for precision, rows in latency.items()
     }
     return {
-        "label": f"{METHODS[method].label}, r = {rank}",
+        "label": f"{LABELS[method]}, r = {rank}",
         "method": method,
         "trainable": records[0]["trainable"],
         "tasks": tasks,
         "mean": round(float(np.mean([task["mean"] for task in tasks.values()])), 4),
+        "sd_over_seeds": round(float(np.std(np.mean([task["seeds"] for task in tasks.values()], axis=0), ddof=1)), 4),
         "validation": round(geometric_mean(losses), 4),  # of the tasks' losses, so that none weighs more for its size
         "cost": cost,
     }
@@ -95,17 +97,22 @@ def advice(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> str:
     by_cost = sorted(arms, key=lambda name: _decode(arms[name]))
     take = next(name for name in by_cost if name == best or _not_behind(contrast(scores[name], scores[best])))
     found = contrast(scores[take], scores[best]) if take != best else None
+    fp32, int4 = (_interval(arms[take]["cost"][precision]["tpot"]) for precision in ("fp32", "int4"))
     text = (
-        f"To switch adapters at run time, take {arms[take]['label']}: a decode step of {_decode(arms[take]):.3f} times the base's in fp32, "
-        f"{arms[take]['cost']['int4']['tpot'][0]:.3f} in int4, and a mean score of {arms[take]['mean']:.3f}"
+        f"To switch adapters at run time, take {arms[take]['label']}: a decode step of {fp32} times the base's in fp32, {int4} in int4, "
+        f"and a mean score of {arms[take]['mean']:.3f}"
     )
     if found is not None:
         text += (
-            f", {found['difference']:+.3f} from the best on validation, {arms[best]['label']} (p = {found['p']:.2f}; a difference of "
-            f"{found['detectable']:.3f} would be found 80 times in 100)"
+            f", {found['difference']:+.3f} from the best on validation, {arms[best]['label']} (p = {found['p']:.2f}; a true "
+            f"difference of {found['detectable']:.3f} is found 80 times in 100)"
         )
     merged = _best(arms, [name for name, arm in arms.items() if arm["method"] == "lora"])
     return f"{text}. For one task alone, a LoRA that is merged costs nothing: {arms[merged]['label']} has {arms[merged]['mean']:.3f}."
+
+
+def _interval(ratio: Sequence[float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*ratio)
 
 
 def _not_behind(found: Mapping[str, Any]) -> bool:
@@ -113,7 +120,7 @@ def _not_behind(found: Mapping[str, Any]) -> bool:
 
 
 def markdown(summary: Mapping[str, Any]) -> list[str]:
-    """An arm a row: its scores, mean and standard deviation over seeds, and what it costs, as ratios to the base."""
+    """An arm a row: its scores, mean and standard deviation over seeds; what it costs, as ratios to the base with 95 % intervals."""
     costs = [f"{what}, {precision}" for precision in ("fp32", "int4") for what in METRICS.values()]
     heads = ["adapter", "trainable", *(f"{task.name} ({task.metric})" for task in TASKS.values()), "mean", *costs]
     rows = [["base model", "-", *(f"{score:.3f}" for score in summary["base"].values())]]
@@ -123,7 +130,7 @@ def markdown(summary: Mapping[str, Any]) -> list[str]:
         for task in arm["tasks"].values():
             cells.append(f"{task['mean']:.3f}" + (f" ± {task['sd_over_seeds']:.3f}" if task["sd_over_seeds"] is not None else ""))
         cells.append(f"{arm['mean']:.3f}")
-        cells += [f"{ratios[metric][0]:.3f}" for ratios in arm["cost"].values() for metric in METRICS]
+        cells += [_interval(ratios[metric]) for ratios in arm["cost"].values() for metric in METRICS]
         rows.append(cells)
     return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
 
@@ -153,14 +160,19 @@ def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]
 def sentence(found: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
     """One contrast, with what its test could have seen."""
     low, high = found["interval"]
+    seen = "a difference" if found["p"] < SIGNIFICANT else "no difference that this test can see"
     return (
-        f"{arms[found['ours']]['label']} minus {arms[found['theirs']]['label']}: {found['difference']:+.3f} (95 % interval {low:+.3f} to "
-        f"{high:+.3f}, p = {found['p']:.2f}; power: a true difference of {found['detectable']:.3f} is found 80 times in 100)"
+        f"{arms[found['ours']]['label']}, against {arms[found['theirs']]['label']}: {found['difference']:+.3f} in mean score, {seen} "
+        f"(95 % interval {low:+.3f} to {high:+.3f}, p = {found['p']:.2f}; power: it finds a true difference of {found['detectable']:.3f} "
+        "80 times in 100)"
     )
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Mean score against the ratio of the decode step, a panel for each precision, ranks of one method joined; as SVG."""
+    """Mean score against the ratio of the decode step, a panel for each precision, ranks of one method joined; as SVG.
+
+    Bars are the interval of the ratio and the standard deviation over seeds.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -172,18 +184,20 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(precisions), figsize=(6 * len(precisions), 4.5), sharey=True, layout="constrained", squeeze=False)
     for axes, precision in zip(panels[0], precisions, strict=True):
         for method in dict.fromkeys(arm["method"] for arm in arms.values()):
-            of = [(name, arm) for name, arm in arms.items() if arm["method"] == method]
-            costs, means = [arm["cost"][precision]["tpot"][0] for _, arm in of], [arm["mean"] for _, arm in of]
-            deployed = "unmerged" if METHODS[method].merges else "fused"
-            axes.plot(costs, means, "o-", color=COLOURS[method], label=f"{METHODS[method].label}, {deployed}", linewidth=1)
-            for cost, mean, (name, _) in zip(costs, means, of, strict=True):
-                axes.annotate(f"r={name.partition(' ')[2]}", (cost, mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            of = {name: arm for name, arm in arms.items() if arm["method"] == method}
+            costs, means = [arm["cost"][precision]["tpot"] for arm in of.values()], [arm["mean"] for arm in of.values()]
+            ratios = [ratio for ratio, _, _ in costs]
+            spread = [[ratio - low for ratio, low, _ in costs], [high - ratio for ratio, _, high in costs]]
+            seeds = [arm["sd_over_seeds"] for arm in of.values()]
+            label = f"{LABELS[method]}, {'unmerged' if METHODS[method].merges else 'fused'}"
+            axes.errorbar(ratios, means, seeds, spread, "o-", color=COLOURS[method], label=label, linewidth=1, elinewidth=0.5)
+            for name, ratio, mean in zip(of, ratios, means, strict=True):
+                axes.annotate(f"r={name.partition(' ')[2]}", (ratio, mean), textcoords="offset points", xytext=(5, 4), fontsize=8)
             if METHODS[method].merges:
-                axes.plot([1.0] * len(means), means, "x", color=COLOURS[method], label=f"{METHODS[method].label}, merged: one task")
+                axes.plot([1.0] * len(means), means, "x", color=COLOURS[method], label=f"{LABELS[method]}, merged: one task")
         axes.set_title(precision)
         axes.set_xlabel("decode step, ratio to the base model's")
-        axes.margins(x=0.15, y=0.15)
     panels[0][0].set_ylabel("mean score of the three tasks, on test examples")
-    panels[0][0].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
