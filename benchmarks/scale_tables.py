@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = {"1b": "Llama 3.2 1B", "3b": "Llama 3.2 3B", "8b": "Llama 3.1 8B"}
+SHAPES = {"1b": ("Llama 3.2 1B", 16), "3b": ("Llama 3.2 3B", 28), "8b": ("Llama 3.1 8B", 32)}  # and their layers
 BUILD = ("start", "reading the checkpoint", "capturing the base model", "fusing", "writing")  # phases before the verification
 
 
@@ -25,8 +25,10 @@ def large_table() -> list[str]:
     for asked, row in result["sizes"].items():
         phases, told = row["build"]["phases"], row["dry_run"]["cost"]
         memory = [max((p["anonymous_mib"] for name, p in phases.items() if (name in BUILD) == built), default=0) for built in (True, False)]
+        name, whole = SHAPES[asked.partition(":")[0]]
+        layers = f"{row['layers']}" if row["layers"] == whole else f"{row['layers']} of its {whole}"
         lines.append(
-            f"| {NAMES[asked.partition(':')[0]]} | {row['layers']} | {row['base_mib'] / 1024:.1f} GiB | {memory[0] / 1024:.2f} GiB "
+            f"| {name} | {layers} | {row['base_mib'] / 1024:.1f} GiB | {memory[0] / 1024:.2f} GiB "
             f"| {memory[1] / 1024:.2f} GiB ({told['memory'] / 2**30:.2f}) | {row['build']['seconds']:.0f} ({told['seconds']:.0f}) "
             f"| {row['artifact_mib'] / 1024:.2f} GiB ({told['disk'] / 2**30:.2f}) |"
         )
