@@ -18,6 +18,7 @@ def large_table() -> list[str]:
         "**Large bases** ([large.json](benchmarks/results/large.json)): random weights of these shapes in fp16,",
         f"rank {result['rank']}, built for ONNX Runtime in {result['precision']} and verified with `--quick`.",
         "Weights are mapped, not loaded; memory is beside the page cache; what `build --dry-run` had said stands in brackets.",
+        "It does not see that files are read again and again where base, artifact and memory together are more than the machine has.",
         "",
         "| shape | layers | weights | memory of the build | of its verification | seconds of both | disk |",
         "| --- | --- | --- | --- | --- | --- | --- |",

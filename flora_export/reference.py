@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -97,6 +99,8 @@ class Reference:
             with computing():
                 logits = self._run([row + [0] * (longest - len(row)) for row in some], adapter, cache, dtype)
             results += [values[: len(row)].to(torch.float32).numpy() for row, values in zip(some, logits, strict=True)]
+        if cache is not None:
+            give_back_memory()  # a KV cache is large, and in pieces that malloc would keep
         return results
 
     def _run(
@@ -188,6 +192,13 @@ def dynamic_cache(cache: Sequence[tuple[_Array, _Array]], dtype: torch.dtype) ->
     for layer, pair in enumerate(cache):
         past.update(*(torch.from_numpy(array).to(dtype) for array in pair), layer)
     return past
+
+
+def give_back_memory() -> None:
+    """Let the system have what has been freed, where the C library can say so; glibc keeps what lies between pieces in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextlib.contextmanager
