@@ -66,12 +66,13 @@ def contrast(ours: Sequence[Scores], theirs: Sequence[Scores]) -> dict[str, floa
 def _variance(difference: Scores) -> tuple[float, float]:
     """The variance of a difference's mean over seeds and examples, both random, and its degrees of freedom."""
     seeds, examples = difference.shape
+    crossed = max((seeds - 1) * (examples - 1), 1)
     rows, columns = difference.mean(axis=1), difference.mean(axis=0)
     rest = difference - rows[:, None] - columns + difference.mean()
     squares = {
         "examples": (seeds * float(columns.var(ddof=1)), examples - 1),
         "seeds": (examples * float(rows.var(ddof=1)) if seeds > 1 else 0.0, max(seeds - 1, 1)),
-        "rest": (-float((rest**2).sum()) / max((seeds - 1) * (examples - 1), 1), max((seeds - 1) * (examples - 1), 1)),
+        "rest": (-float((rest**2).sum()) / crossed, crossed),
     }
     total = max(sum(square for square, _ in squares.values()), -squares["rest"][0])
     return total / (seeds * examples), total**2 / sum(square**2 / freedom for square, freedom in squares.values()) if total else 1.0

@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# from benchmarks.accuracy.frontier_latency import latency
-# from benchmarks.accuracy.frontier_report import markdown, plot, summarise, validation_table
 from benchmarks.accuracy.frontier_latency import latency
 from benchmarks.accuracy.frontier_report import markdown, plot, summarise, validation_table
 from benchmarks.accuracy.kept import claim
+from benchmarks.accuracy.presets import PRESETS as AT_ONE_BUDGET
+from benchmarks.accuracy.presets import Preset
 from benchmarks.accuracy.runs import Run, run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Fit
@@ -54,18 +54,19 @@ class Frontier:
     rounds: int  # of the latency benchmark
 
 
+def _examples_and_machine(preset: Preset) -> dict[str, Any]:
+    """What a frontier has in common with the comparison at one budget: its examples, and how much runs at a time."""
+    names = ("batch", "validation", "test", "workers", "threads", "rounds")
+    return {name: getattr(preset, name) for name in names}
+
+
 SMALL = Frontier(
     arms=(("ffba-mlp", 32), ("ffba", 8), ("ffba", 128), ("lora", 1), ("lora", 8)),
     rates=(1.5e-3, 3e-3, 6e-3),
     scales=(0.5, 2.0),
     seeds=(0, 1, 2),
     steps=40,
-    batch={"arithmetic": 4, "lexical": 16, "dialogue": 4},
-    validation={"arithmetic": 48, "lexical": 300, "dialogue": 48},
-    test={"arithmetic": 100, "lexical": 700, "dialogue": 50},
-    workers=2,
-    threads=1,
-    rounds=60,
+    **_examples_and_machine(AT_ONE_BUDGET["small"]),
 )
 PRESETS = {
     "small": SMALL,
@@ -81,12 +82,7 @@ PRESETS = {
         scales=(0.25, 0.5, 2.0, 4.0),
         seeds=(0, 1, 2, 3, 4),
         steps=300,
-        batch={"arithmetic": 16, "lexical": 12, "dialogue": 16},
-        validation={"arithmetic": 200, "lexical": 350, "dialogue": 200},
-        test={"arithmetic": 1000, "lexical": 750, "dialogue": 500},
-        workers=8,
-        threads=2,
-        rounds=150,
+        **_examples_and_machine(AT_ONE_BUDGET["full"]) | {"test": {"arithmetic": 1000, "lexical": 750, "dialogue": 500}},
     ),
 }
 

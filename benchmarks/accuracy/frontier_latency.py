@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.latency import silent
 from benchmarks.accuracy.methods import METHODS
 from flora_export.artifact import Artifact
 from flora_export.base_model import BaseModel, load_base
@@ -48,12 +49,12 @@ def _measured(arms: Sequence[tuple[str, int]], base: BaseModel, precision: str, 
             checkpoint = load_checkpoint(adapter, base)
             if index == 0 or not METHODS[method].merges:
                 artifact: Artifact
-                artifact, _ = build(adapter, str(base.path), place / "out", BuildOptions(precision=precision, verify=False), _silent)
+                artifact, _ = build(adapter, str(base.path), place / "out", BuildOptions(precision=precision, verify=False), silent)
             if index == 0:
                 built[BASE] = build_arm(BASE, artifact, base, checkpoint, work / BASE)
             arm = LORA if METHODS[method].merges else FUSED
             built[f"{method} {rank}"] = build_arm(arm, artifact, base, checkpoint, place / "arm")
-        yield from measure(built, None, BenchOptions(rounds=rounds, threads=threads), threads, base.vocabulary, _silent)
+        yield from measure(built, None, BenchOptions(rounds=rounds, threads=threads), threads, base.vocabulary, silent)
 
 
 def _random(method: str, rank: int, base: BaseModel, directory: Path) -> Path:
@@ -70,7 +71,3 @@ def _random(method: str, rank: int, base: BaseModel, directory: Path) -> Path:
     torch.manual_seed(0)
     peft.get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path)), settings).save_pretrained(directory)
     return directory
-
-
-def _silent(what: str, done: int, of: int) -> None:
-    pass

@@ -31,10 +31,10 @@ def latency(adapters: Mapping[str, Path], base: Path, work: Path, rounds: int, t
 
 def _measure(adapter: Path, base: Path, rounds: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="flora-export-accuracy-") as work:
-        artifact, _ = build(adapter, str(base), Path(work) / "out", BuildOptions(), _silent)
-        result = bench(artifact.path, str(base), BenchOptions(arms=ARMS, rounds=rounds, threads=threads), _silent)
+        artifact, _ = build(adapter, str(base), Path(work) / "out", BuildOptions(), silent)
+        result = bench(artifact.path, str(base), BenchOptions(arms=ARMS, rounds=rounds, threads=threads), silent)
     return {key: value for key, value in result.items() if key not in ("command", "environment")}
 
 
-def _silent(what: str, done: int, of: int) -> None:
+def silent(what: str, done: int, of: int) -> None:
     pass
