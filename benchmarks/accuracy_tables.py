@@ -74,8 +74,8 @@ def frontier_section() -> str:
     """The measured section of docs/frontier.md: the table, the plot, the contrasts, and what was chosen for each arm."""
     result, tuning = (json.loads((RESULTS / f"frontier-small{end}.json").read_text()) for end in ("", "-tuning"))
     preset, summary = result["preset"], result["summary"]
-    cells = [cell for tasks in tuning["chosen"].values() for cell in tasks.values()]
-    ends = sum(rate in (min(preset["rates"]), max(preset["rates"])) for rate, _ in cells)
+    listed = preset["rates"]
+    beyond = sum(not min(listed) <= rate <= max(listed) for tasks in tuning["chosen"].values() for rate, _ in tasks.values())
     chosen = ["| adapter | " + " | ".join(preset["test"]) + " |", "| --- " * (len(preset["test"]) + 1) + "|"]
     for name, tasks in tuning["chosen"].items():
         row = [f"{rate:g}, {scale:g}" for rate, scale in tasks.values()]
@@ -92,9 +92,9 @@ def frontier_section() -> str:
         "",
         *(f"- {what[0].upper()}{what[1:]}: {found['said']}." for what, found in summary["contrasts"].items()),
         "",
-        f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in preset['rates'])},",
-        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1; in {ends} of {len(cells)} cells the best rate",
-        "is an end of the list, so that one beyond it may be better still;",
+        f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in listed)}, twice the highest or",
+        f"half the lowest while that is better, so that {beyond} are beyond the list;",
+        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1;",
         "[frontier-small-tuning.json](../benchmarks/results/frontier-small-tuning.json)):",
         "",
         *chosen,

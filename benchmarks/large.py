@@ -10,6 +10,7 @@ other sizes stay as they are there, each with the processor that it was measured
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -115,7 +116,7 @@ def make_adapter(base: Path, directory: Path) -> Path:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Seconds of a command, and the most of its memory that no file backs, in all and of each phase."""
+    """Seconds of a command, the most of its memory that no file backs, and what it read from disks, in all and by each phase's end."""
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     phases: dict[str, dict[str, float]] = {}
@@ -130,10 +131,18 @@ def measured(command: list[str]) -> dict[str, Any]:
         peak = max(peak, anonymous)
         phase = phases.setdefault(last, {"started_s": round(time.perf_counter() - started, 1), "anonymous_mib": 0})
         phase["anonymous_mib"] = max(phase["anonymous_mib"], anonymous >> 20)
+        phase["read_mib"] = max(phase.get("read_mib", 0), read_bytes(process.pid) >> 20)
         time.sleep(0.05)
     if process.returncode:
         sys.exit(f"{' '.join(command)}: {last} {text!r} {process.stderr.read()!r}")
     return {"seconds": round(time.perf_counter() - started, 1), "peak_anonymous_mib": peak >> 20, "phases": phases}
+
+
+def read_bytes(pid: int) -> int:
+    """What a process has had from disks so far, pages of mapped files that were not in memory among it; 0 where it has ended."""
+    with contextlib.suppress(OSError):
+        return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines() if line.startswith("read_bytes:"))
+    return 0
 
 
 def run(shape: str, layers: int, work: Path, precision: str) -> dict[str, Any]:

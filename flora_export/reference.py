@@ -33,7 +33,6 @@ BATCH_BYTES = 512 * 2**20  # of logits in fp64 that are computed at a time
 class Reference:
     """Eager PyTorch, computing in fp32."""
 
-    maps = True  # the weights of a large base
     _dtype = torch.float32  # what it computes in
 
     def __init__(self, base: BaseModel, checkpoint: Path, parts: Sequence[tuple[Path, float]] = ()) -> None:
@@ -45,8 +44,7 @@ class Reference:
         """
         try:
             with quiet():
-                mapped = self.maps and base.is_large and all(keeps_base(path) for path in (checkpoint, *(path for path, _ in parts)))
-                model = (load_mapped(base) if mapped else None) or load_eager(base)
+                model = load_or_map(base, [checkpoint, *(path for path, _ in parts)])
                 # PEFT writes trained biases over the base's own, and does not take them back where the adapter is disabled.
                 self._biases = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")]
                 beside = beside_layers(model, checkpoint)
@@ -178,8 +176,13 @@ def activate_together(model: peft.PeftModel, parts: Sequence[tuple[Path, float]]
                     module.scaling[name] *= weight
 
 
-def load_eager(base: BaseModel) -> transformers.PreTrainedModel:
-    """The base model in fp32, as transformers has it. Raises what transformers raises."""
+def load_or_map(base: BaseModel, adapters: Sequence[Path]) -> transformers.PreTrainedModel:
+    """The base model in fp32, as transformers has it; a large one as it lies in its files, unless an adapter takes a tensor's place.
+
+    Raises what transformers raises.
+    """
+    if base.is_large and all(map(keeps_base, adapters)) and (mapped := load_mapped(base)) is not None:
+        return mapped
     model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True, attn_implementation="eager"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +21,16 @@ from flora_export.backends.edited import multiply_tables_as_they_lie
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.base_model import SINGLE, BaseModel, load_base
 from flora_export.cli import main
+from flora_export.errors import CheckpointError
 from flora_export.mapped import load_mapped
+from flora_export.methods import load_checkpoint
 from flora_export.pipeline import BuildOptions, build
+from flora_export.quantization import Quantization
 from flora_export.reference import Reference
+from flora_export.verify.quantized_reference import QuantizedReference
 from tests.conftest import silent
 from tests.families import FAMILIES, make_adapter, make_base, make_lora
+from tests.test_unpacking import quantized_copy
 
 ROWS = [[5, 9, 77, 3, 40, 41], [7, 8, 9]]
 
@@ -93,7 +101,10 @@ def test_weights_by_other_names_are_loaded(tmp_path: Path) -> None:
     assert load_mapped(load_base(str(base))) is None
 
 
-@pytest.mark.parametrize(("family", "precision"), [("llama", "fp32"), ("llama", "fp16"), ("llama_tied", "fp32"), ("llama_tied", "fp16")])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [("llama", "fp32"), ("llama", "fp16"), ("llama", "int4"), ("llama_tied", "fp32"), ("llama_tied", "fp16"), ("llama_tied", "int8")],
+)
 def test_a_large_artifact_is_verified(
     family: str, precision: str, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +124,50 @@ def test_a_large_artifact_is_verified(
     done = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--ckpt", str(other), "--base", str(base), "--quick"])
     assert done.exit_code == 1
     assert "wrong adapter" in done.stdout + done.stderr
+
+
+def _lora(base: Path, directory: Path) -> Path:
+    return make_lora(base, directory, use_dora=True)
+
+
+@pytest.mark.parametrize("own", [make_adapter, _lora], ids=["beside", "merged"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_large_quantized_reference_is_mapped(
+    own: Callable[[Path, Path], Path], packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From temporary files, which go with it."""
+    plain = in_sixteen_bits(make_base("llama_tied", tmp_path / "plain"))
+    base = load_base(str(quantized_copy(plain, tmp_path / "base", "gptq") if packed else plain))
+    checkpoint, quantization = load_checkpoint(own(plain, tmp_path / "adapter"), base), Quantization(4, 32, 8, 4, "fp32")
+    loaded = QuantizedReference(base, checkpoint, quantization)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    monkeypatch.setattr(base_model, "LARGE", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    mapped = QuantizedReference(base, checkpoint, quantization)
+    written = sum(path.stat().st_size for path in (tmp_path / "temporary").rglob("*.safetensors"))
+    assert written > 4 * base.vocabulary * base.width
+    for adapted in (True, False):
+        for ask in (Reference.logits, Reference.exact_logits):
+            for row, same in zip(*(ask(each, ROWS, adapter=adapted) for each in (loaded, mapped)), strict=True):
+                np.testing.assert_array_equal(row, same)
+    del mapped
+    gc.collect()
+    assert not any((tmp_path / "temporary").iterdir())
+
+
+def test_no_room_for_a_large_quantized_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base("llama", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    monkeypatch.setattr(base_model, "LARGE", 0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flora_export.verify.quantized_reference.save_file", full)
+    with pytest.raises(CheckpointError, match=r"quantized base model, in fp32, does not fit into .*No space left.* TMPDIR"):
+        build(adapter, str(base), tmp_path / "out", BuildOptions(precision="int4", quick=True), silent)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_head_is_multiplied_as_it_lies(bases: Callable[[str], Path], tmp_path: Path) -> None:

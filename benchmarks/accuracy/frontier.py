@@ -7,8 +7,9 @@
 
 Equal parameters are not equal latency: a fused adapter's cost hardly grows with its rank, an unmerged LoRA's is there at rank 1. So every
 method has its ranks, and every rank of each its own learning rate and its own factor on alpha, by the loss on validation examples: rates
-first, then factors at the best rate, the same ones for all. What was chosen is kept in frontier-PRESET-tuning.json beside the result and
-used from there. Then each arm is trained with every seed, and judged by test examples, once. Runs are kept in --work.
+first, beyond an end of their list while that is the best, then factors at the best rate, the same ones for all. What was chosen is kept in
+frontier-PRESET-tuning.json beside the result and used from there. Then each arm is trained with every seed, and judged by test examples,
+once. Runs are kept in --work.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ SMALL = Frontier(
     scales=(0.5, 2.0),
     seeds=(0, 1, 2),
     steps=40,
-    **_examples_and_machine(AT_ONE_BUDGET["small"]),
+    **_examples_and_machine(AT_ONE_BUDGET["small"]) | {"rounds": 150},
 )
 PRESETS = {
     "small": SMALL,
@@ -145,11 +146,21 @@ def tune(preset: Frontier, base: Path, work: Path) -> dict[str, Any]:
         return run_all(runs, base, work, preset.workers, preset.threads)
 
     records = tried([(*cell, rate, 1.0) for cell in cells for rate in preset.rates])
+    while beyond := list(_beyond(records)):  # an end of the list is no optimum
+        records += tried([(*cell, rate, 1.0) for cell, rate in beyond])
     best = _lowest(records)
     records += tried([(arm, task, best[arm, task][0], scale) for arm, task in cells for scale in preset.scales])
     best = _lowest(records)
     chosen: Chosen = {named(arm): {task: list(best[arm, task]) for task in TASKS} for arm in preset.arms}
     return {"tried": records, "chosen": chosen}
+
+
+def _beyond(records: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[Arm, str], float]]:
+    """(arm, task), and the rate beyond the best one where that is the highest or the lowest tried: twice it, or half."""
+    for cell, (rate, _) in _lowest(records).items():
+        tried = [r["fit"]["learning_rate"] for r in records if ((r["fit"]["method"], r["fit"]["rank"]), r["fit"]["task"]) == cell]
+        if rate in (max(tried), min(tried)):
+            yield cell, 2 * rate if rate == max(tried) else rate / 2
 
 
 def _lowest(records: Sequence[dict[str, Any]]) -> dict[tuple[Arm, str], tuple[float, float]]:

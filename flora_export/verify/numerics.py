@@ -10,7 +10,7 @@ model is the artifact itself with each B silenced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,12 @@ class Expected:
     floor_logits: float | None = None  # largest error of eager in the artifact's precision; None: not measured
     floor_effect: float | None = None  # relative error of its effect
     eager: Logits | None = None  # adapted, by eager PyTorch in fp32; None: not asked
+
+    def first(self, steps: int) -> Expected:
+        """The same with no more than so many of its tokens."""
+        end = len(self.prompt) + steps
+        eager = None if self.eager is None else self.eager[:end]
+        return replace(self, tokens=self.tokens[:steps], adapted=self.adapted[:end], base=self.base[:end], eager=eager)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Each weight of a linear layer, of the embeddings and of the adapter is quantized and read back, by its name and nothing of the graph.
 What an adapter changes in the base's weights is changed before it is quantized, as a build does it; that the change itself is right, the
 ledger and `price.py` say.
+
+Of a large base, what has been read back lies in temporary files, in fp32, and is mapped.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flora_export.base_model import BaseModel
@@ -23,7 +28,8 @@ from flora_export.passes.change_weights import changed_values
 from flora_export.quantization import Quantization
 from flora_export.quantization.packing import DTYPES, Array, read_back
 from flora_export.quiet import quiet
-from flora_export.reference import Reference, load_eager
+from flora_export.reference import Reference, load_or_map
+from flora_export.scratch import Scratch
 from flora_export.verify.coverage import Run, measure_floors
 
 Tensors = dict[str, torch.Tensor]
@@ -32,8 +38,6 @@ Tensors = dict[str, torch.Tensor]
 class QuantizedReference(Reference):
     """As Reference, with the adapter or without, on dequantized weights."""
 
-    maps = False  # all of them are written anew
-
     def __init__(self, base: BaseModel, checkpoint: Checkpoint, quantization: Quantization) -> None:
         """Load both, and quantize.
 
@@ -41,6 +45,7 @@ class QuantizedReference(Reference):
             CheckpointError: transformers or PEFT cannot load them; or the adapter both changes weights and stands beside others.
         """
         self.quantization = quantization
+        self._files = Scratch("flora-export-reference-") if base.is_large else None
         self._changed: Tensors = {}
         if not checkpoint.changes:
             super().__init__(base, checkpoint.path, checkpoint.parts)
@@ -52,13 +57,12 @@ class QuantizedReference(Reference):
         else:
             try:
                 with quiet():
-                    self.model = load_eager(base).eval()
+                    self.model = load_or_map(base, [checkpoint.path, *(path for path, _ in checkpoint.parts)]).eval()
             except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
                 raise CheckpointError(f"eager PyTorch cannot load {base.name} ({type(error).__name__}: {error})") from error
-            values = {
-                change.tensor: changed_values(checkpoint, change, base, DTYPES[quantization.compute]) for change in checkpoint.changes
-            }
-            self._changed = {name: torch.from_numpy(self._read_back(name, value).astype(np.float32)) for name, value in values.items()}
+            for change in checkpoint.changes:
+                values = changed_values(checkpoint, change, base, DTYPES[quantization.compute])
+                self._changed[change.tensor] = self._kept(self._read_back(change.tensor, values).astype(np.float32))
         packed = base.packed
         names = {name: parameter for name, parameter in self.model.named_parameters() if parameter.ndim == 2}
         own = {
@@ -68,9 +72,9 @@ class QuantizedReference(Reference):
         self._adapter: Tensors = {}  # A, B and G before they were quantized
         for name, parameter in names.items():
             tensor = name.replace(".default.", ".")
-            values = parameter.detach().numpy()
             if tensor in beside and tensor not in own:
                 continue  # it keeps its precision
+            values = parameter.detach().float().numpy()
             if tensor in own:
                 branch, matrix = own[tensor]
                 self._adapter[name] = parameter.detach().clone()
@@ -80,7 +84,22 @@ class QuantizedReference(Reference):
                 continue  # it is on its own steps already
             else:
                 read = self._read_back(name, values)
-            parameter.data = torch.from_numpy(read)
+            parameter.data = self._kept(read)
+
+    def _kept(self, values: Array) -> torch.Tensor:
+        """A matrix in memory; of a large base, mapped from a file of its own. Raises CheckpointError where there is no room for it."""
+        tensor = torch.from_numpy(values)
+        if self._files is None:
+            return tensor
+        home = Path(self._files.name)
+        file = home / f"{len(list(home.iterdir()))}.safetensors"
+        try:
+            save_file({file.stem: tensor}, file)
+            return load_file(file)[file.stem]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"the quantized base model, in fp32, does not fit into {home.parent} ({error}). Make room, or set TMPDIR to another disk."
+            ) from error
 
     def _read_back(self, name: str, values: Array) -> Array:
         return (
