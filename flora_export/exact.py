@@ -53,7 +53,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype, *, unsaved: bool = False)
     with contextlib.ExitStack() as undo:
         for module in model.modules():
             held = [t for each in (module, *_read_by(module)) for t in _tensors_of(each, unsaved)]
-            if own := [t for t in held if t.is_floating_point() and t.dtype != dtype]:
+            if type(module) is nn.Embedding and module.max_norm is None:  # it looks rows up: no need to cast the others
+                undo.callback(module.register_forward_hook(lambda _, __, rows: rows.to(dtype)).remove)
+            elif own := [t for t in held if t.is_floating_point() and t.dtype != dtype]:
                 before, after = _hooks(own, dtype)
                 undo.callback(module.register_forward_pre_hook(before).remove)
                 undo.callback(module.register_forward_hook(after, always_call=True).remove)

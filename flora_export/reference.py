@@ -7,7 +7,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from flora_export.mapped import keeps_base, load_mapped
 from flora_export.quiet import quiet
 
 _Array = npt.NDArray[np.float32]
+_Cache = Sequence[tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]]  # keys and values per layer
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH_BYTES = 512 * 2**20  # of logits in fp64 that are computed at a time
 
@@ -62,26 +63,23 @@ class Reference:
         return self
 
     @torch.no_grad()
-    def logits(
-        self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
-    ) -> list[npt.NDArray[np.float32]]:
+    def logits(self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: _Cache | None = None) -> list[npt.NDArray[np.float32]]:
         """Logits [tokens, vocabulary] of each row, a whole sequence or one that follows a KV cache, with or without the adapter."""
-        return self._together(rows, adapter, cache, lambda: computing_in(self.model, self._dtype), self._dtype)
+        return self._together(rows, adapter, cache, lambda: computing_in(self.model, self._dtype))
 
     @torch.no_grad()
     def exact_logits(
-        self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: Sequence[tuple[_Array, _Array]] | None = None
+        self, rows: Sequence[Sequence[int]], *, adapter: bool = True, cache: _Cache | None = None
     ) -> list[npt.NDArray[np.float32]]:
         """The true logits [tokens, vocabulary] of each row: computed in fp64, and rounded to fp32 at the end."""
-        return self._together(rows, adapter, cache, lambda: in_double(self.model), torch.float64)
+        return self._together(rows, adapter, cache, lambda: in_double(self.model))
 
     def _together(
         self,
         rows: Sequence[Sequence[int]],
         adapter: bool,
-        cache: Sequence[tuple[_Array, _Array]] | None,
+        cache: _Cache | None,
         computing: Callable[[], contextlib.AbstractContextManager[None]],
-        dtype: torch.dtype,
     ) -> list[npt.NDArray[np.float32]]:
         """Rows run together, padded on the right, which causal attention does not see; one by one with longrope, whose frequencies depend
         on the longest of them.
@@ -95,17 +93,15 @@ class Reference:
             some = [list(row) for row in rows[start : start + together]]
             longest = max(map(len, some))
             with computing():
-                logits = self._run([row + [0] * (longest - len(row)) for row in some], adapter, cache, dtype)
+                logits = self._run([row + [0] * (longest - len(row)) for row in some], adapter, cache)
             results += [values[: len(row)].to(torch.float32).numpy() for row, values in zip(some, logits, strict=True)]
         if cache is not None:
             give_back_memory()  # a KV cache is large, and in pieces that malloc would keep
         return results
 
-    def _run(
-        self, rows: Sequence[Sequence[int]], adapter: bool, cache: Sequence[tuple[_Array, _Array]] | None, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _run(self, rows: Sequence[Sequence[int]], adapter: bool, cache: _Cache | None) -> torch.Tensor:
         """Logits [rows, tokens, vocabulary]."""
-        past = None if cache is None else dynamic_cache(cache, dtype)
+        past = None if cache is None else transformers.Cache([_GivenLayer(*pair) for pair in cache])
         with self._silenced(not adapter):
             output = self.model(input_ids=torch.tensor([list(row) for row in rows]), past_key_values=past, use_cache=past is not None)
         logits: torch.Tensor = output.logits
@@ -189,7 +185,24 @@ def load_or_map(base: BaseModel, adapters: Sequence[Path]) -> transformers.PreTr
     return model
 
 
-def dynamic_cache(cache: Sequence[tuple[_Array, _Array]], dtype: torch.dtype) -> transformers.DynamicCache:
+class _GivenLayer(transformers.cache_utils.DynamicLayer):  # type: ignore[misc]
+    """A layer of a KV cache for one pass: it stays in fp16 as it was given; there is a copy to compute with only while the layer runs."""
+
+    def __init__(self, keys: npt.NDArray[np.float16], values: npt.NDArray[np.float16]) -> None:
+        super().__init__()
+        given = torch.from_numpy(keys), torch.from_numpy(values)
+        self.lazy_initialization(*given)
+        self.keys, self.values = given
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, those of the pass at the end."""
+        return (
+            torch.cat([self.keys.to(key_states.dtype), key_states], dim=-2),
+            torch.cat([self.values.to(value_states.dtype), value_states], dim=-2),
+        )
+
+
+def dynamic_cache(cache: _Cache, dtype: torch.dtype) -> transformers.DynamicCache:
     """A KV cache of transformers: keys and values per layer, each [batch, KV heads, past, head size]."""
     past = transformers.DynamicCache()
     for layer, pair in enumerate(cache):

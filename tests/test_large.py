@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from flora_export import base_model
-from flora_export.backends.edited import multiply_tables_as_they_lie
+from flora_export.backends.mapped_weights import multiply_tables_as_they_lie
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.base_model import SINGLE, BaseModel, load_base
 from flora_export.cli import main

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from flora_export.quantization import Quantization
 
     Logits = npt.NDArray[np.float32]
-    Cache = Sequence[tuple[Logits, Logits]]  # keys and values per layer, each [batch, KV heads, past, head size]
+    Half = npt.NDArray[np.float16]
+    Cache = Sequence[tuple[Half, Half]]  # keys and values per layer, each [batch, KV heads, past, head size]
 
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 Golden = Callable[[int], tuple[list[list[int]], int]]  # places of a static cache, or 0 -> (prompts, steps after each)

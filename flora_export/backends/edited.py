@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from flora_export.artifact import Artifact
@@ -40,23 +39,6 @@ def multiply_in_full(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", IN_FULL)
-
-
-def multiply_tables_as_they_lie(graph: bytes) -> bytes:
-    """x Tᵀ as one product, where a graph transposes a table first: a tied head, the size of the embeddings, which no run need turn anew."""
-    model = ir.from_proto(onnx.ModelProto.FromString(graph))
-    for node in list(model.graph):
-        turned = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
-        if turned is None or turned.op_type != "Transpose" or turned.inputs[0] is None or not turned.inputs[0].is_initializer():
-            continue
-        node.op_type, node.domain = "FusedMatMul", "com.microsoft"
-        node.attributes["transB"] = ir.AttrInt64("transB", 1)
-        node.replace_input_with(1, turned.inputs[0])
-        model.opset_imports.setdefault(node.domain, 1)
-        if not turned.outputs[0].uses():
-            model.graph.remove(turned, safe=True)
-    edited: bytes = ir.to_proto(model).SerializeToString()
-    return edited
 
 
 def _silence(model: ir.Model, artifact: Artifact) -> None:

@@ -11,7 +11,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ from flora_export.quiet import quiet
 from flora_export.reference import dynamic_cache, kept_outputs
 from flora_export.shards import write_shards
 from flora_export.weights import Array, Part
+
+if TYPE_CHECKING:
+    from flora_export.backends import Cache
 
 COPIED = (
     GENERATION, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -196,7 +199,7 @@ class Decoder:
         self.start([[0]])
         return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in self.cache.layers]
 
-    def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
+    def resume(self, cache: Cache) -> None:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self.mask = torch.ones((batch, past), dtype=torch.long)

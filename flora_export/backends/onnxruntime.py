@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +16,10 @@ import onnxruntime as ort
 from flora_export.artifact import Artifact
 from flora_export.backends import Backend, Golden, Limits, Plan, Progress, Runner
 from flora_export.backends.choice import AdapterChoice
-from flora_export.backends.edited import edited_graph, multiply_tables_as_they_lie
+from flora_export.backends.edited import edited_graph
 from flora_export.backends.exposed import expose
 from flora_export.backends.graph_files import write_graph
+from flora_export.backends.mapped_weights import keep_weights_mapped, multiply_tables_as_they_lie
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
 from flora_export.bank import ADAPTER_IDS
@@ -29,6 +30,9 @@ from flora_export.errors import BackendError
 from flora_export.manifest import Manifest
 from flora_export.passes import Fused, lowering, run_passes
 from flora_export.passes.quantize import Quantize
+
+if TYPE_CHECKING:
+    from flora_export.backends import Cache
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -90,13 +94,6 @@ class OnnxRuntime(GraphBackend):
         return Bound(self.decode(artifact, threads=threads))
 
 
-def _keep_weights_mapped(options: ort.SessionOptions) -> None:
-    """Run the graph as it is: nothing is packed or, for a CPU without fp16, cast ahead, and what a run needed is given back after it."""
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-
-
 class Decoder:
     """An artifact in ONNX Runtime, decoding a batch of prompts with a KV cache.
 
@@ -148,7 +145,7 @@ class Decoder:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # a DequantizeLinear is what the graph says it is
         mapped = exact and artifact.is_large and provider == PROVIDERS["cpu"]
         if mapped:
-            _keep_weights_mapped(options)
+            keep_weights_mapped(options)
         model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
         model = multiply_tables_as_they_lie(model) if mapped else model
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
@@ -194,7 +191,7 @@ class Decoder:
         keys = [value.shape for name, value in self.cache_inputs.items() if name.endswith(".key")]
         return [(heads, size) for _, heads, _, size in keys]
 
-    def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
+    def resume(self, cache: Cache) -> None:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self.lengths, self.mask = np.full(batch, past), np.ones((batch, past), np.int64)

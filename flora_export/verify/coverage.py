@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from flora_export.backends import Runner
 from flora_export.verify.numerics import TOLERANCES, Expected, Logits, Numerics, difference, judge, measure
@@ -22,7 +23,8 @@ SINGLE = "single token"
 LIMIT_STEPS = 3  # near the end of the context
 LIMIT_BYTES = 512 * 2**20  # of a random KV cache in fp32, or a quarter of the weights; a longer context is tested as far as this goes
 
-Cache = list[tuple[Logits, Logits]]  # keys and values per layer, each [batch, KV heads, past, head size]
+Half = npt.NDArray[np.float16]
+Cache = list[tuple[Half, Half]]  # keys and values per layer, each [batch, KV heads, past, head size]
 Run = tuple[Expected, Cache | None]  # and the cache before it
 Progress = Callable[[int, int], None]  # (done, of)
 
@@ -80,8 +82,8 @@ def expect_near_limit(
     past = min(context, max(LIMIT_BYTES, budget) // per_token) - len(tokens) - 1
     rng = np.random.default_rng(0)
 
-    def draw(heads: int, size: int) -> Logits:
-        return rng.standard_normal((1, heads, past, size), dtype=np.float32).astype(np.float16).astype(np.float32)  # exact in fp16
+    def draw(heads: int, size: int) -> Half:
+        return rng.standard_normal((1, heads, past, size), dtype=np.float32).astype(np.float16)
 
     cache = [(draw(heads, size), draw(heads, size)) for heads, size in shapes]
     (adapted,), (base,) = (eager.exact_logits([tokens], adapter=adapter, cache=cache) for adapter in (True, False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from flora_export.backends.openvino.convert import BEAM
 from flora_export.backends.openvino.edited import silence
 from flora_export.backends.padding import pad_prompts, positions_of
 from flora_export.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from flora_export.backends import Cache
 
 _VARIABLE = re.compile(r"past_key_values\.(?P<layer>\d{1,6})\.(?P<kind>key|value)present\.(?P=layer)\.(?P=kind)")
 Logits = npt.NDArray[np.float32]
@@ -76,7 +79,7 @@ class Decoder:
         """(KV heads, head size) of each layer."""
         return self.shapes
 
-    def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
+    def resume(self, cache: Cache) -> None:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self.mask = np.ones((batch, past), np.int64)

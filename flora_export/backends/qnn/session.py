@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from flora_export.backends.qnn.context import CONTEXTS
 from flora_export.backends.qnn.plan import context_plan
 from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from flora_export.backends import Cache
 
 Logits = npt.NDArray[np.float32]
 
@@ -84,7 +87,7 @@ class QnnDecoder:
         self.rows = [(length + 1, cache) for (length, _), (_, cache) in zip(self.rows, found, strict=True)]
         return np.stack([logits for logits, _ in found])
 
-    def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
+    def resume(self, cache: Cache) -> None:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self._check(past - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,9 @@ from flora_export.bank import ADAPTER_IDS
 from flora_export.errors import ArtifactError, BackendError
 from flora_export.stacks import fitting, layers_of, matrices_of, read_stacks
 from flora_export.weights import Array
+
+if TYPE_CHECKING:
+    from flora_export.backends import Cache
 
 Logits = npt.NDArray[np.float32]
 Buffers = dict[str, torch.Tensor]  # by the name of the engine's input or output
@@ -126,7 +129,7 @@ class EngineDecoder:
         """(KV heads, head size) of each layer."""
         return [shape for name, shape in self.shapes.items() if name.endswith(".key")]
 
-    def resume(self, cache: Sequence[tuple[Logits, Logits]]) -> None:
+    def resume(self, cache: Cache) -> None:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self._check(batch, past, self.limits.total)
