@@ -202,14 +202,6 @@ class _GivenLayer(transformers.cache_utils.DynamicLayer):  # type: ignore[misc]
         )
 
 
-def dynamic_cache(cache: _Cache, dtype: torch.dtype) -> transformers.DynamicCache:
-    """A KV cache of transformers: keys and values per layer, each [batch, KV heads, past, head size]."""
-    past = transformers.DynamicCache()
-    for layer, pair in enumerate(cache):
-        past.update(*(torch.from_numpy(array).to(dtype) for array in pair), layer)
-    return past
-
-
 def give_back_memory() -> None:
     """Let the system have what has been freed, where the C library can say so; glibc keeps what lies between pieces in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

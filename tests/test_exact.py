@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -72,6 +73,33 @@ def test_a_failure_inside_leaves_no_trace() -> None:
     stub.fails = False
     assert {parameter.dtype for parameter in stub.parameters()} == {torch.float32}
     assert stub(torch.zeros(1, 16)).dtype == torch.float32
+
+
+def test_a_table_is_looked_up_and_not_cast() -> None:
+    table, ids = nn.Embedding(5, 3, dtype=torch.float16), torch.tensor([4, 1])
+    with in_double(table):
+        rows = table(ids)
+        assert table.weight.dtype == torch.float16
+    assert torch.equal(rows, table.weight[ids].double())
+
+
+def test_a_given_cache_is_read_and_left(base: Path, adapter: Path) -> None:
+    """In fp64, as transformers would have it from a cache in fp64; and it is there for the next pass."""
+    reference = Reference(load_base(str(base)), adapter)
+    config, rng = reference.model.config, np.random.default_rng(0)
+    shape = (1, config.num_key_value_heads, 6, config.head_dim)
+    cache = [
+        (rng.standard_normal(shape).astype(np.float16), rng.standard_normal(shape).astype(np.float16))
+        for _ in range(config.num_hidden_layers)
+    ]
+    past = transformers.DynamicCache()
+    for layer, pair in enumerate(cache):
+        past.update(*(torch.from_numpy(array).double() for array in pair), layer)
+    with torch.no_grad(), in_double(reference.model):
+        expected = reference.model(input_ids=torch.tensor([[5, 9]]), past_key_values=past, use_cache=True).logits
+    for _ in range(2):
+        np.testing.assert_array_equal(reference.exact_logits([[5, 9]], cache=cache)[0], expected[0].float().numpy())
+    assert np.abs(reference.exact_logits([[5, 9]])[0] - expected[0].numpy()).max() > 1e-3
 
 
 def test_rows_run_together_are_rows_run_alone(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from flora_export.ledger import block_records, sha256_of
 from flora_export.manifest import LedgerEntry, Manifest, Tensor
 from flora_export.passes import Fused
 from flora_export.quiet import quiet
-from flora_export.reference import dynamic_cache, kept_outputs
+from flora_export.reference import kept_outputs
 from flora_export.shards import write_shards
 from flora_export.weights import Array, Part
 
@@ -203,7 +203,9 @@ class Decoder:
         """Go on after a KV cache: keys and values per layer, each [batch, KV heads, past, head size], no row padded."""
         batch, _, past, _ = cache[0][0].shape
         self.mask = torch.ones((batch, past), dtype=torch.long)
-        self.cache = dynamic_cache(cache, self.model.dtype)
+        self.cache = transformers.DynamicCache()
+        for layer, pair in enumerate(cache):
+            self.cache.update(*(torch.from_numpy(array).to(self.model.dtype) for array in pair), layer)
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> Logits:
