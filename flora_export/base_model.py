@@ -72,9 +72,13 @@ class BaseModel:
         return {name: shape for file in self.weights for name, shape in sorted(_header(file).items())}
 
     @property
+    def fp32_bytes(self) -> int:
+        """What its weights would take in fp32."""
+        return 4 * sum(map(math.prod, self.shapes.values()))
+
+    @property
     def is_large(self) -> bool:
-        """Whether its weights would take more than LARGE in fp32."""
-        return 4 * sum(map(math.prod, self.shapes.values())) > LARGE
+        return self.fp32_bytes > LARGE
 
     def read(self, tensor: str) -> npt.NDArray[Any]:
         """A tensor as its file has it."""

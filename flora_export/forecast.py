@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
     """
     output = output.absolute()
     check_free(output, options.force)
-    base = prepare(ckpt, base_name, options, progress).base
+    prepared = prepare(ckpt, base_name, options, progress)
+    base = prepared.base
     if base.packed is not None:
         raise FloraExportError("--dry-run knows no cost of a base model that is quantized already: it is unpacked first, as a whole")
     fewer = sorted({min(layers, base.layers) for layers in FEWER})
@@ -116,7 +118,8 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
     first, last = fewer[0], fewer[-1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cost = calibration[first].line(calibration[last], (base.layers - first) / max(1, last - first), cores)
-    return Forecast(cost, base.layers, calibration, list(_causes(cost, output)))
+    read_back = options.verify and prepared.plan.quantization is not None and base.is_large
+    return Forecast(cost, base.layers, calibration, list(_causes(cost, output, base.fp32_bytes if read_back else 0)))
 
 
 def _cost(place: Path, base: BaseModel, layers: int, ckpt: Path, options: BuildOptions) -> Cost:
@@ -206,11 +209,17 @@ def _entry(table: Path, key: str) -> int:
     return next((1024 * int(line.split()[1]) for line in table.read_text().splitlines() if line.startswith(key)), 0)
 
 
-def _causes(cost: Cost, output: Path) -> Iterator[str]:
-    """Why a build would not be possible here."""
+def _causes(cost: Cost, output: Path, temporary: int) -> Iterator[str]:
+    """Why a build would not be possible here, which writes so many bytes to the system's temporary directory."""
     place = next(each for each in output.parents if each.exists())
     if (free := shutil.disk_usage(place).free) < cost.disk:
         yield f"{place} has room for {free / 2**30:.2f} GiB: make some, or choose another --output"
+    home = tempfile.gettempdir()
+    if (free := shutil.disk_usage(home).free) < temporary:
+        yield (
+            f"{home} has room for {free / 2**30:.2f} GiB, and a quantized artifact is compared with {temporary / 2**30:.2f} GiB of weights "
+            "there: make some, or set TMPDIR to another disk"
+        )
     memory = Path("/proc/meminfo")
     if memory.exists() and (free := _entry(memory, "MemAvailable:")) < cost.memory:
         yield f"this machine has {free / 2**30:.2f} GiB of memory to give: free some, or take a larger one"

@@ -131,6 +131,25 @@ def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "possible"), [(["--precision", "int4"], False), (["--precision", "int4", "--no-verify"], True), ([], True)]
+)
+def test_the_temporary_directory_has_to_hold_what_a_large_quantized_base_is_compared_with(
+    more: list[str], possible: bool, deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "temporary"
+    home.mkdir()
+    needed = load_base(str(deep)).fp32_bytes
+    room = shutil.disk_usage(home)
+    monkeypatch.setattr("flora_export.base_model.LARGE", 0)
+    monkeypatch.setattr(forecast.tempfile, "tempdir", str(home))
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda place: room._replace(free=needed - 1 if place == str(home) else 2**50))
+    monkeypatch.setattr(forecast, "_cost", lambda *_: Cost(1.0, 1.0, 0, {}))
+    code, told, _ = dry_run(adapter, deep, tmp_path / "out", *more)
+    assert (code, told["possible"]) == ((0, True) if possible else (3, False))
+    assert ["set TMPDIR" in cause for cause in told["causes"]] == [True] * (not possible)
+
+
 def test_a_smaller_build_that_other_work_made_slow_does_not_make_layers_free() -> None:
     """A build of 28 layers was once told to take less than the one with a single layer that told it."""
     disturbed, larger = Cost(180.0, 100.0, 0, {}), Cost(160.0, 140.0, 0, {})
