@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from flora_export import base_model
+from flora_export.backends import mapped_weights
 from flora_export.backends.mapped_weights import multiply_tables_as_they_lie
 from flora_export.backends.onnxruntime import Decoder
 from flora_export.base_model import SINGLE, BaseModel, load_base
@@ -180,6 +183,35 @@ def test_a_tied_head_is_multiplied_as_it_lies(bases: Callable[[str], Path], tmp_
     one, other = (Decoder(artifact, graph=each).start(ROWS) for each in (graph, edited))
     for row in range(2):
         np.testing.assert_allclose(one[row], other[row], atol=1e-5 * np.abs(one[row]).max())  # fp32: sums in another order
+
+
+def test_mapped_weights_are_cast_one_at_a_time(bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of them before the first is multiplied: that would be the whole model in fp32."""
+    base = bases("llama")
+    fp16 = BuildOptions(precision="fp16", verify=False)
+    artifact, _ = build(make_adapter(base, tmp_path / "adapter"), str(base), tmp_path / "out", fp16, silent)
+    weights = {tensor.name for tensor in onnx.load(artifact.model, load_external_data=False).graph.initializer if len(tensor.dims) == 2}
+    keep = mapped_weights.keep_weights_mapped
+
+    def profiled(options: ort.SessionOptions) -> None:
+        keep(options)
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+
+    monkeypatch.setattr(base_model, "LARGE", 0)
+    monkeypatch.setattr("flora_export.backends.onnxruntime.keep_weights_mapped", profiled)
+    decoder = Decoder(artifact, exact=True)
+    decoder.start(ROWS)
+    events = json.loads(Path(decoder.session.end_profiling()).read_text())
+    ran = [event["name"].removesuffix("_kernel_time") for event in events if event.get("cat") == "Node"]
+    waiting = most = casts = 0
+    for node in ran:
+        if any(node.endswith(f"Cast_{weight}") for weight in weights):
+            waiting, casts = waiting + 1, casts + 1
+        elif "MatMul" in node:
+            waiting = max(0, waiting - 1)
+        most = max(most, waiting)
+    if casts:  # none on a CPU that multiplies in fp16
+        assert casts > 10 and most <= 2
 
 
 def test_quick_needs_something_to_compare_with(tmp_path: Path) -> None:
