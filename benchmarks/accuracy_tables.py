@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -74,8 +75,13 @@ def frontier_section() -> str:
     """The measured section of docs/frontier.md: the table, the plot, the contrasts, and what was chosen for each arm."""
     result, tuning = (json.loads((RESULTS / f"frontier-small{end}.json").read_text()) for end in ("", "-tuning"))
     preset, summary = result["preset"], result["summary"]
-    listed = preset["rates"]
-    beyond = sum(not min(listed) <= rate <= max(listed) for tasks in tuning["chosen"].values() for rate, _ in tasks.values())
+    listed, cells = preset["rates"], [(name, task, rate) for name, tasks in tuning["chosen"].items() for task, (rate, _) in tasks.items()]
+    tried = defaultdict(set)
+    for fit in (each["fit"] for each in tuning["tried"]):
+        tried[f"{fit['method']} {fit['rank']}", fit["task"]].add(fit["learning_rate"])
+    ends = sum(rate in (min(tried[name, task]), max(tried[name, task])) for name, task, rate in cells)
+    unknown = ", so that one beyond it may be better still" if ends else ""
+    beyond = ", and beyond them while that was better" if set().union(*tried.values()) - set(listed) else ""
     chosen = ["| adapter | " + " | ".join(preset["test"]) + " |", "| --- " * (len(preset["test"]) + 1) + "|"]
     for name, tasks in tuning["chosen"].items():
         row = [f"{rate:g}, {scale:g}" for rate, scale in tasks.values()]
@@ -92,8 +98,8 @@ def frontier_section() -> str:
         "",
         *(f"- {what[0].upper()}{what[1:]}: {found['said']}." for what, found in summary["contrasts"].items()),
         "",
-        f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in listed)}, twice the highest or",
-        f"half the lowest while that is better, so that {beyond} are beyond the list;",
+        f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in listed)}{beyond};",
+        f"in {ends} of {len(cells)} cells the best is an end of what was tried{unknown};",
         f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1;",
         "[frontier-small-tuning.json](../benchmarks/results/frontier-small-tuning.json)):",
         "",
