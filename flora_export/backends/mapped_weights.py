@@ -29,6 +29,15 @@ def _share_memory() -> None:
     ort.create_and_register_allocator(kind, ort.OrtArenaCfg({"arena_extend_strategy": 1}))  # by what is asked for, not by powers of two
 
 
+def giving_back() -> ort.RunOptions:
+    """A run that leaves nothing of its own in the arena: what is kept beside it would lie in the piece of the largest weight, and the next
+    run would need another.
+    """
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def multiply_tables_as_they_lie(graph: bytes) -> bytes:
     """x Tᵀ as one product, where a graph transposes a table first: a tied head, the size of the embeddings, which no run need turn anew."""
     model = ir.from_proto(onnx.ModelProto.FromString(graph))

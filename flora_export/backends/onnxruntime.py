@@ -19,7 +19,7 @@ from flora_export.backends.choice import AdapterChoice
 from flora_export.backends.edited import edited_graph
 from flora_export.backends.exposed import expose
 from flora_export.backends.graph_files import write_graph
-from flora_export.backends.mapped_weights import keep_weights_mapped, multiply_tables_as_they_lie
+from flora_export.backends.mapped_weights import giving_back, keep_weights_mapped, multiply_tables_as_they_lie
 from flora_export.backends.padding import pad_prompts, padding_mask, positions_of
 from flora_export.backends.quantizing import QUANTIZING, QuantizationOptions, choose_quantization, read_options
 from flora_export.bank import ADAPTER_IDS
@@ -146,6 +146,7 @@ class Decoder:
         mapped = exact and artifact.is_large and provider == PROVIDERS["cpu"]
         if mapped:
             keep_weights_mapped(options)
+        self.run_options = giving_back() if mapped else None
         model = graph or edited_graph(artifact, adapter=adapter, exact=exact)
         model = multiply_tables_as_they_lie(model) if mapped else model
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.path))
@@ -208,7 +209,7 @@ class Decoder:
             raise BackendError(f"position {positions.max()} is beyond the {self.places} places of the artifact's KV cache")
         values = {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for n, v in feeds.items() if n in self.inputs}
         try:
-            results = self.session.run_with_ort_values(self.outputs, values | self.cache)
+            results = self.session.run_with_ort_values(self.outputs, values | self.cache, self.run_options)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on input_ids {ids.shape}: {error}") from error
         self.results = dict(zip(self.outputs, results, strict=True))
