@@ -47,6 +47,8 @@ import signal, sys, time
 from flora_export import quantized_base
 from flora_export.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's command in the background inherits that it is ignored
+
 class Going:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
