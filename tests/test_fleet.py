@@ -24,7 +24,7 @@ from flora_export.cli import main
 from flora_export.errors import BackendError, FloraExportError
 from flora_export.fleet import run as fleet_run
 from flora_export.fleet import worker
-from flora_export.fleet.engine import Cluster, started
+from flora_export.fleet.engine import Cluster, outcomes, started
 from flora_export.fleet.plan import Job, read_plan
 from flora_export.fleet.run import Fleet, run_fleet
 from flora_export.fleet.state import Outcome, holding, inputs_of
@@ -32,7 +32,7 @@ from flora_export.fleet.worker import Task, do
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
 from tests.families import make_adapter, make_speaking_base
-from tests.fleet_work import dies, ends_unheard, hangs
+from tests.fleet_work import dies, ends_a_machine, ends_unheard, hangs
 
 yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
 
@@ -173,7 +173,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, scene: Path, ran: list[str]
 
 def ray_starts_here() -> bool:
     """Whether Ray, without anything of ours, starts and does something."""
-    program = "import ray; ray.init('local', num_cpus=1, include_dashboard=False); ray.get(ray.remote(int).remote())"
+    program = "import ray; ray.init('local', num_cpus=1, include_dashboard=False); assert ray.get(ray.remote(lambda: 1).remote()) == 1"
     try:
         return subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, check=False).returncode == 0
     except subprocess.TimeoutExpired:
@@ -227,6 +227,31 @@ def test_workers_that_are_killed_lose_nothing_and_one_that_fails_fails_alone(
     assert ran == ["build broken/cpu", "build mortal/cpu"]
     states = {job["job"]: job["state"] for job in json.loads(again.stdout)["jobs"]}
     assert states == {"one/cpu": "kept", "two/cpu": "kept", "mortal/cpu": "failed", "broken/cpu": "failed"}
+
+
+def test_a_machine_of_a_cluster_that_goes_loses_nothing(scene: Path, tmp_path: Path) -> None:
+    """Two nodes of Ray, both on this machine, a core each: one is killed, and what it was at is done on the other."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    try:
+        nodes = cluster_utils.Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": soon})
+    except Exception as error:
+        if ray_starts_here():
+            raise
+        pytest.skip(f"Ray does not start on this machine: {error}")
+    try:
+        nodes.add_node(num_cpus=1)
+        head = nodes.head_node.node_id
+        tasks = [Task(job) for job in read_plan(write(scene, changed(adapters=["adapters/*"]))).jobs]
+        marks = tmp_path / "marks"
+        marks.mkdir()
+        done = list(outcomes(tasks, Cluster(nodes.address), partial(ends_a_machine, marks, head)))
+    finally:
+        nodes.shutdown()
+    assert {outcome.job for outcome in done} == {task.job.name for task in tasks}
+    assert {(outcome.state, outcome.message) for outcome in done} == {("built", head)}
+    assert sorted(outcome.attempts for outcome in done) == [1, 1, 1, 2]
+    assert len(list(marks.iterdir())) == 3
 
 
 def test_a_driver_that_ends_as_it_starts_is_tried_again_and_one_that_ends_later_is_an_error(tmp_path: Path) -> None:

@@ -209,7 +209,10 @@ def _schedule(
             name = task.job.name
             try:
                 outcome = ray.get(ref)
-                free.append(actor)
+                if waiting:
+                    free.append(actor)
+                else:  # what has died meanwhile may wait for this one's core, where its machine has gone
+                    ray.kill(actor)
             except ray.exceptions.RayError as error:
                 ray.kill(actor)
                 if attempts[name] <= retries and not isinstance(error, ray.exceptions.RayTaskError):
