@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy.analysis import Scores, contrast
-from benchmarks.accuracy.frontier import PRESETS, Frontier, judge, tune
+from benchmarks.accuracy.frontier import PRESETS, Frontier, judge, resume, tune
 from benchmarks.accuracy.frontier_report import advice, markdown, plot, summarise, validation_table
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.placements import place
@@ -159,6 +159,15 @@ def test_the_whole_frontier(tiny_smollm2: Path, tmp_path: Path) -> None:
     assert judge(TINY, tuned["chosen"], tiny_smollm2, work) == result
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.json")} == kept
     assert any(path.name == RECORD for path in kept)
+
+    made = {"made_with": {"code": "a"}, "environment": {"cpu": "b"}, "command": "c", "preset": asdict(TINY)}
+    elsewhere = tmp_path / "elsewhere"
+    for written in (tuned, result):
+        assert resume(made | written | {"resumed": [{"cpu": "d"}]}, {"code": "a"}, elsewhere) == [{"cpu": "b"}, {"cpu": "d"}]
+    assert {path.parent.name for path in elsewhere.rglob(RECORD)} == {path.parent.name for path in kept if path.parent.parent == work}
+    assert tune(TINY, tiny_smollm2, elsewhere) == tuned  # the seconds too: nothing has run again
+    with pytest.raises(ValueError, match="made with another code"):
+        resume(made | result, {"code": "e"}, elsewhere)
 
     table = summarise(result)
     assert table["base"].keys() == TASKS.keys()

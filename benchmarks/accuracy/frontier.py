@@ -9,7 +9,7 @@ Equal parameters are not equal latency: a fused adapter's cost hardly grows with
 method has its ranks, and every rank of each its own learning rate and its own factor on alpha, by the loss on validation examples: rates
 first, beyond an end of their list while that is the best, then factors at the best rate, the same ones for all. What was chosen is kept in
 frontier-PRESET-tuning.json beside the result and used from there. Then each arm is trained with every seed, and judged by test examples,
-once. Runs are kept in --work.
+once. Runs are kept in --work; where that is gone, or on another machine, --resume takes them from what was written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.accuracy.frontier_report import markdown, plot, summarise, valid
 from benchmarks.accuracy.kept import claim
 from benchmarks.accuracy.presets import PRESETS as AT_ONE_BUDGET
 from benchmarks.accuracy.presets import Preset
-from benchmarks.accuracy.runs import Run, run_all
+from benchmarks.accuracy.runs import Run, keep, run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Fit
 from flora_export.errors import FloraExportError
@@ -96,15 +96,17 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and scales, and stop there")
     parser.add_argument("--work", type=Path, default=Path("build/frontier"), help="where runs are kept")
+    parser.add_argument("--resume", type=Path, nargs="+", default=[], metavar="FILE", help="frontier-*.json whose runs are not done again")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where frontier-PRESET.json and its plot go")
     options = parser.parse_args()
     preset = PRESETS[options.preset]
     try:
         made_with = claim(options.work, options.base)
-    except (ValueError, FloraExportError) as error:
+        elsewhere = [where for file in options.resume for where in resume(json.loads(file.read_text()), made_with, options.work)]
+    except (OSError, ValueError, FloraExportError) as error:
         parser.error(str(error))
     head = {"command": shlex.join(["python", "-m", "benchmarks.accuracy.frontier", *sys.argv[1:]]), "preset": asdict(preset)}
-    tail = {"made_with": made_with, "environment": environment()}
+    tail = {"made_with": made_with, "environment": environment(), "resumed": elsewhere}
     options.output.mkdir(parents=True, exist_ok=True)
     place = options.output / f"frontier-{options.preset}.json"
     tuning = place.with_name(f"frontier-{options.preset}-tuning.json")
@@ -123,6 +125,21 @@ def main() -> None:
         result["table"] = validation_table(result["runs"], named(preset.arms[0]))
     _write(place, result)
     print("\n".join(result["table"]))
+
+
+def resume(result: dict[str, Any], made_with: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """Keep the runs of a result in `work`, as if they had been made there. Returns the environments that they were made in.
+
+    Raises:
+        ValueError: they were made with another base, other versions, another device or other code.
+    """
+    if differ := [key for key in made_with if result["made_with"][key] != made_with[key]]:
+        raise ValueError(f"the runs of {result['command']!r} were made with another {' and '.join(differ)}: they cannot be resumed")
+    for record in result["tried" if "tried" in result else "runs"]:
+        fit = Fit(**record["fit"])
+        validation = result["preset"]["validation"][fit.task] if "validation_loss" in record else 0
+        keep(Run(fit, validation, len(record.get("scores", []))), record, work)
+    return [result["environment"], *result.get("resumed", [])]
 
 
 def _write(place: Path, result: dict[str, Any]) -> None:

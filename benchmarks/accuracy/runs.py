@@ -69,7 +69,7 @@ def _run(run: Run, base: Path, work: Path) -> dict[str, Any]:
     from benchmarks.accuracy.tasks import TASKS
     from benchmarks.accuracy.training import load_base, train
 
-    fit, place = run.fit, work / run.name
+    fit = run.fit
     adapter = work / ADAPTERS / fit.name
     record: dict[str, Any] = {"fit": asdict(fit)}
     started = time.perf_counter()
@@ -91,12 +91,20 @@ def _run(run: Run, base: Path, work: Path) -> dict[str, Any]:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         record["scores"] = [round(score, 4) for score in scores(model, tokenizer, task, task.examples("test", run.test, 0))]
     record["seconds"] = round(time.perf_counter() - started, 1)
+    keep(run, record, work)
+    return record
+
+
+def keep(run: Run, record: dict[str, Any], work: Path) -> None:
+    """Write a run's record, whole or not at all. One that is kept already stays."""
+    place = work / run.name
+    if place.exists():
+        return
     unfinished = place.with_name(place.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     (unfinished / RECORD).write_text(json.dumps(record))
     unfinished.rename(place)
-    return record
 
 
 def _brief(record: dict[str, Any]) -> str:
