@@ -160,14 +160,15 @@ def test_the_whole_frontier(tiny_smollm2: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.json")} == kept
     assert any(path.name == RECORD for path in kept)
 
-    made = {"made_with": {"code": "a"}, "environment": {"cpu": "b"}, "command": "c", "preset": asdict(TINY)}
+    made = {"made_with": {"code": "a"}, "environment": {"cpu": "b"}, "resumed": [{"cpu": "c"}], "preset": asdict(TINY)}
     elsewhere = tmp_path / "elsewhere"
-    for written in (tuned, result):
-        assert resume(made | written | {"resumed": [{"cpu": "d"}]}, {"code": "a"}, elsewhere) == [{"cpu": "b"}, {"cpu": "d"}]
+    for file, written in ((tmp_path / "tuning.json", tuned), (tmp_path / "result.json", result)):
+        file.write_text(json.dumps(made | written))
+        assert resume(file, {"code": "a"}, elsewhere) == [{"cpu": "b"}, {"cpu": "c"}]
+        with pytest.raises(ValueError, match="made with another code"):
+            resume(file, {"code": "d"}, elsewhere)
     assert {path.parent.name for path in elsewhere.rglob(RECORD)} == {path.parent.name for path in kept if path.parent.parent == work}
     assert tune(TINY, tiny_smollm2, elsewhere) == tuned  # the seconds too: nothing has run again
-    with pytest.raises(ValueError, match="made with another code"):
-        resume(made | result, {"code": "e"}, elsewhere)
 
     table = summarise(result)
     assert table["base"].keys() == TASKS.keys()

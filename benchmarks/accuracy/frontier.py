@@ -102,7 +102,7 @@ def main() -> None:
     preset = PRESETS[options.preset]
     try:
         made_with = claim(options.work, options.base)
-        elsewhere = [where for file in options.resume for where in resume(json.loads(file.read_text()), made_with, options.work)]
+        elsewhere = [where for file in options.resume for where in resume(file, made_with, options.work)]
     except (OSError, ValueError, FloraExportError) as error:
         parser.error(str(error))
     head = {"command": shlex.join(["python", "-m", "benchmarks.accuracy.frontier", *sys.argv[1:]]), "preset": asdict(preset)}
@@ -127,14 +127,15 @@ def main() -> None:
     print("\n".join(result["table"]))
 
 
-def resume(result: dict[str, Any], made_with: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+def resume(file: Path, made_with: dict[str, Any], work: Path) -> list[dict[str, Any]]:
     """Keep the runs of a result in `work`, as if they had been made there. Returns the environments that they were made in.
 
     Raises:
-        ValueError: they were made with another base, other versions, another device or other code.
+        ValueError: they were made with another base, other versions, another device or other code, or the file is no frontier's result.
     """
-    if differ := [key for key in made_with if result["made_with"][key] != made_with[key]]:
-        raise ValueError(f"the runs of {result['command']!r} were made with another {' and '.join(differ)}: they cannot be resumed")
+    result = json.loads(file.read_text())
+    if differ := [key for key in made_with if result.get("made_with", {}).get(key) != made_with[key]]:
+        raise ValueError(f"{file}: its runs were made with another {' and '.join(differ)}, and cannot be resumed")
     for record in result["tried" if "tried" in result else "runs"]:
         fit = Fit(**record["fit"])
         validation = result["preset"]["validation"][fit.task] if "validation_loss" in record else 0
