@@ -80,7 +80,9 @@ def frontier_section() -> str:
     for fit in (each["fit"] for each in tuning["tried"]):
         tried[f"{fit['method']} {fit['rank']}", fit["task"]].add(fit["learning_rate"])
     ends = sum(rate in (min(tried[name, task]), max(tried[name, task])) for name, task, rate in cells)
-    at_ends = f"in {ends} of {len(cells)} cells the best is an end of what was tried, so that one beyond it may be better still"
+    at_ends = f"in none of {len(cells)} cells is the best an end of what was tried"
+    if ends:
+        at_ends = f"in {ends} of {len(cells)} cells the best is an end of what was tried, so that one beyond it may be better still"
     beyond = ", and beyond them while that was better" if set().union(*tried.values()) - set(listed) else ""
     chosen = ["| adapter | " + " | ".join(preset["test"]) + " |", "| --- " * (len(preset["test"]) + 1) + "|"]
     for name, tasks in tuning["chosen"].items():
@@ -99,7 +101,7 @@ def frontier_section() -> str:
         *(f"- {what[0].upper()}{what[1:]}: {found['said']}." for what, found in summary["contrasts"].items()),
         "",
         f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in listed)}{beyond};",
-        (at_ends if ends else f"in none of {len(cells)} cells is the best an end of what was tried") + ";",
+        f"{at_ends};",
         f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1;",
         "[frontier-small-tuning.json](../benchmarks/results/frontier-small-tuning.json)):",
         "",

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.accuracy.frontier_latency import latency
 from benchmarks.accuracy.frontier_report import markdown, plot, summarise, validation_table
-from benchmarks.accuracy.kept import claim
+from benchmarks.accuracy.kept import claim, differing
 from benchmarks.accuracy.presets import PRESETS as AT_ONE_BUDGET
 from benchmarks.accuracy.presets import Preset
 from benchmarks.accuracy.runs import Run, keep, run_all
@@ -134,8 +134,8 @@ def resume(file: Path, made_with: dict[str, Any], work: Path) -> list[dict[str, 
         ValueError: they were made with another base, other versions, another device or other code, or the file is no frontier's result.
     """
     result = json.loads(file.read_text())
-    if differ := [key for key in made_with if result.get("made_with", {}).get(key) != made_with[key]]:
-        raise ValueError(f"{file}: its runs were made with another {' and '.join(differ)}, and cannot be resumed")
+    if differ := differing(result.get("made_with", {}), made_with):
+        raise ValueError(f"{file}: its runs were made with another {differ}, and cannot be resumed")
     for record in result["tried" if "tried" in result else "runs"]:
         fit = Fit(**record["fit"])
         validation = result["preset"]["validation"][fit.task] if "validation_loss" in record else 0

@@ -34,6 +34,11 @@ def made_with(base: Path) -> dict[str, Any]:
     }
 
 
+def differing(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """In what runs made `then` differ from runs made `now`; empty where they may stand in one table."""
+    return " and ".join(key for key in now if then.get(key) != now[key])
+
+
 def claim(work: Path, base: Path) -> dict[str, Any]:
     """Take a directory for runs of this program and base. Returns what they are made with.
 
@@ -46,6 +51,6 @@ def claim(work: Path, base: Path) -> dict[str, Any]:
         work.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(now, indent=1))
     then = json.loads(place.read_text())
-    if differ := [key for key in now if then.get(key) != now[key]]:
-        raise ValueError(f"{work} holds runs made with another {' and '.join(differ)}: remove it, or choose another directory by --work")
+    if differ := differing(then, now):
+        raise ValueError(f"{work} holds runs made with another {differ}: remove it, or choose another directory by --work")
     return now
