@@ -14,6 +14,7 @@ import torch
 from benchmarks.accuracy.analysis import Scores, contrast
 from benchmarks.accuracy.frontier import PRESETS, Frontier, judge, resume, tune
 from benchmarks.accuracy.frontier_report import advice, markdown, plot, summarise, validation_table
+from benchmarks.accuracy.kept import elsewhere
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.placements import place
 from benchmarks.accuracy.runs import RECORD
@@ -64,6 +65,10 @@ def test_presets_have_the_arms_that_their_report_needs() -> None:
     for preset in (preset for preset in PRESETS.values() if preset.test):
         assert {METHODS[method].merges for method, _ in preset.arms} == {True, False}
         assert len(preset.seeds) >= 3
+    again, first = PRESETS["confirm"], PRESETS["small"]
+    assert again.tuned_as == "small"
+    assert set(again.arms) < set(first.arms)
+    assert not {*again.seeds} & {*first.seeds}
     assert PRESETS["full"].steps >= 300
     assert len(PRESETS["full"].seeds) >= 5
 
@@ -127,6 +132,14 @@ def test_a_lower_loss_of_every_seed_shows() -> None:
     assert float(same.partition("(p = ")[2].partition(")")[0]) > 0.05
 
 
+def test_where_runs_were_made_is_remembered(tmp_path: Path) -> None:
+    b, c, d = ({"cpu": cpu} for cpu in "bcd")
+    assert elsewhere(tmp_path, []) == []
+    assert elsewhere(tmp_path, [b, c, b]) == [b, c]
+    assert elsewhere(tmp_path, []) == [b, c]
+    assert elsewhere(tmp_path, [d, c]) == [b, c, d]
+
+
 def arm(method: str, decode: float, validation: float, mean: float) -> dict[str, Any]:
     cost = {precision: {metric: [decode, decode, decode] for metric in ("tpot", "ttft")} for precision in ("fp32", "int4")}
     return {"label": f"{method} at {decode}", "method": method, "validation": validation, "mean": mean, "cost": cost}
@@ -161,14 +174,14 @@ def test_the_whole_frontier(tiny_smollm2: Path, tmp_path: Path) -> None:
     assert any(path.name == RECORD for path in kept)
 
     made = {"made_with": {"code": "a"}, "environment": {"cpu": "b"}, "resumed": [{"cpu": "c"}], "preset": asdict(TINY)}
-    elsewhere = tmp_path / "elsewhere"
+    another = tmp_path / "another"
     for file, written in ((tmp_path / "tuning.json", tuned), (tmp_path / "result.json", result)):
         file.write_text(json.dumps(made | written))
-        assert resume(file, {"code": "a"}, elsewhere) == [{"cpu": "b"}, {"cpu": "c"}]
+        assert resume(file, {"code": "a"}, another) == [{"cpu": "b"}, {"cpu": "c"}]
         with pytest.raises(ValueError, match="made with another code"):
-            resume(file, {"code": "d"}, elsewhere)
-    assert {path.parent.name for path in elsewhere.rglob(RECORD)} == {path.parent.name for path in kept if path.parent.parent == work}
-    assert tune(TINY, tiny_smollm2, elsewhere) == tuned  # the seconds too: nothing has run again
+            resume(file, {"code": "d"}, another)
+    assert {path.parent.name for path in another.rglob(RECORD)} == {path.parent.name for path in kept if path.parent.parent == work}
+    assert tune(TINY, tiny_smollm2, another) == tuned  # the seconds too: nothing has run again
 
     table = summarise(result)
     assert table["base"].keys() == TASKS.keys()

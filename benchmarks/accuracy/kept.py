@@ -11,6 +11,7 @@ from typing import Any
 from flora_export.base_model import load_base
 
 FILE = "made_with.json"
+ELSEWHERE = "made_elsewhere.json"
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torch", "transformers", "peft")
 SOURCES = (  # what a run's numbers come from; not what counts and draws them
@@ -53,4 +54,14 @@ def claim(work: Path, base: Path) -> dict[str, Any]:
     then = json.loads(place.read_text())
     if differ := differing(then, now):
         raise ValueError(f"{work} holds runs made with another {differ}: remove it, or choose another directory by --work")
+    return now
+
+
+def elsewhere(work: Path, environments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Remember where runs were made that were brought here. Returns all such environments, those of earlier calls too, each once."""
+    place = work / ELSEWHERE
+    then: list[dict[str, Any]] = json.loads(place.read_text()) if place.is_file() else []
+    now = then + [environment for number, environment in enumerate(environments) if environment not in then + environments[:number]]
+    if now != then:
+        place.write_text(json.dumps(now, indent=1))
     return now
