@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy.analysis import Scores, contrast
-from benchmarks.accuracy.frontier import PRESETS, Frontier, judge, resume, tune
+from benchmarks.accuracy.frontier import PRESETS, TUNING_SEED, Frontier, judge, resume, tune
 from benchmarks.accuracy.frontier_report import advice, markdown, plot, summarise, validation_table
 from benchmarks.accuracy.kept import elsewhere
 from benchmarks.accuracy.methods import METHODS
@@ -66,9 +66,8 @@ def test_presets_have_the_arms_that_their_report_needs() -> None:
         assert {METHODS[method].merges for method, _ in preset.arms} == {True, False}
         assert len(preset.seeds) >= 3
     again, first = PRESETS["confirm"], PRESETS["small"]
-    assert again.tuned_as == "small"
-    assert set(again.arms) < set(first.arms)
-    assert not {*again.seeds} & {*first.seeds}
+    assert not {*again.seeds} & {*first.seeds, TUNING_SEED}
+    assert len(again.seeds) >= 5
     assert PRESETS["full"].steps >= 300
     assert len(PRESETS["full"].seeds) >= 5
 
