@@ -43,8 +43,9 @@ def contrast(ours: Sequence[Scores], theirs: Sequence[Scores]) -> dict[str, floa
     """Ours minus theirs, the mean over tasks; a matrix for each, with the same seeds and examples on both sides.
 
     Seeds and examples are both drawn at random, so the variance of a mean difference is (MS_seeds + MS_examples - MS_rest) / (S E), of
-    a two-way layout without replication, at least MS_rest / (S E); degrees of freedom after Satterthwaite (1946). Returns the difference,
-    its 95 % interval and two-sided p by Student's t, and the smallest true difference that such a test finds 80 times in 100.
+    a two-way layout without replication, with neither of the first two taken as less than MS_rest, for few seeds may look more alike than
+    they are; degrees of freedom after Satterthwaite (1946). Returns the difference, its 95 % interval and two-sided p by Student's t, and
+    the smallest true difference that such a test finds about 80 times in 100, by the same estimate of the variance.
     """
     parts = [_variance(a - b) for a, b in zip(ours, theirs, strict=True)]
     tasks = len(parts)
@@ -68,14 +69,14 @@ def _variance(difference: Scores) -> tuple[float, float]:
     seeds, examples = difference.shape
     crossed = max((seeds - 1) * (examples - 1), 1)
     rows, columns = difference.mean(axis=1), difference.mean(axis=0)
-    rest = difference - rows[:, None] - columns + difference.mean()
-    squares = {
-        "examples": (seeds * float(columns.var(ddof=1)), examples - 1),
-        "seeds": (examples * float(rows.var(ddof=1)) if seeds > 1 else 0.0, max(seeds - 1, 1)),
-        "rest": (-float((rest**2).sum()) / crossed, crossed),
-    }
-    total = max(sum(square for square, _ in squares.values()), -squares["rest"][0])
-    return total / (seeds * examples), total**2 / sum(square**2 / freedom for square, freedom in squares.values()) if total else 1.0
+    rest = float(((difference - rows[:, None] - columns + difference.mean()) ** 2).sum()) / crossed
+    of_seeds = max(examples * float(rows.var(ddof=1)), rest) if seeds > 1 else 0.0
+    of_examples = max(seeds * float(columns.var(ddof=1)), rest)
+    total = of_seeds + of_examples - rest
+    if total == 0:
+        return 0.0, 1.0
+    spread = of_seeds**2 / max(seeds - 1, 1) + of_examples**2 / (examples - 1) + rest**2 / crossed
+    return total / (seeds * examples), total**2 / spread
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -6,11 +6,11 @@
     python -m benchmarks.accuracy.frontier --base models/smollm2 --preset placement    # branches elsewhere, on validation alone
     python -m benchmarks.accuracy.frontier --base models/smollm2 --tune            # choose rates and scales anew
 
-Equal parameters are not equal latency: a fused adapter's cost hardly grows with its rank, an unmerged LoRA's is there at rank 1. So every
-method has its ranks, and every rank of each its own learning rate and its own factor on alpha, by the loss on validation examples: rates
-first, beyond an end of their list while that is the best, then factors at the best rate, the same ones for all. What was chosen is kept in
-frontier-PRESET-tuning.json beside the result and used from there. Then each arm is trained with every seed, and judged by test examples,
-once. Runs are kept in --work; where that is gone, or on another machine, --resume takes them from what was written.
+Equal parameters are not equal latency: a fused adapter's cost starts near none and grows with its bytes, an unmerged LoRA's is there at
+rank 1. So every method has its ranks, and every rank of each its own learning rate and its own factor on alpha, by the loss on validation
+examples: rates first, beyond an end of their list while that is the best, then factors at the best rate, the same ones for all. What was
+chosen is kept in frontier-PRESET-tuning.json beside the result and used from there. Then each arm is trained with every seed, and judged
+by test examples. Runs are kept in --work; where that is gone, or on another machine, --resume takes them from what was written.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def main() -> None:
         _write(tuning, head | tune(preset, options.base, options.work) | tail)
     if options.tune:
         return
-    chosen = json.loads(tuning.read_text())["chosen"]
-    result = head | {"tuned": tuning.name} | judge(preset, chosen, options.base, options.work) | tail
+    settings = json.loads(tuning.read_text())["chosen"]
+    result = head | {"tuned": tuning.name} | judge(preset, settings, options.base, options.work) | tail
     if preset.test:
         result["summary"] = summarise(result)
         result["table"] = markdown(result["summary"])
@@ -177,9 +177,12 @@ def tune(preset: Frontier, base: Path, work: Path) -> dict[str, Any]:
         records += tried([(*cell, rate, 1.0) for cell, rate in beyond])
     best = _lowest(records)
     records += tried([(arm, task, best[arm, task][0], scale) for arm, task in cells for scale in preset.scales])
-    best = _lowest(records)
-    chosen: Chosen = {named(arm): {task: list(best[arm, task]) for task in TASKS} for arm in preset.arms}
-    return {"tried": records, "chosen": chosen}
+    return {"tried": records, "chosen": chosen(records, preset.arms)}
+
+
+def chosen(tried: Sequence[dict[str, Any]], arms: Sequence[Arm]) -> Chosen:
+    best = _lowest(tried)
+    return {named(arm): {task: list(best[arm, task]) for task in TASKS} for arm in arms}
 
 
 def _beyond(records: Sequence[dict[str, Any]]) -> Iterator[tuple[tuple[Arm, str], float]]:
@@ -201,10 +204,10 @@ def _lowest(records: Sequence[dict[str, Any]]) -> dict[tuple[Arm, str], tuple[fl
     return {cell: (record["fit"]["learning_rate"], record["fit"]["scale"]) for cell, record in best.items()}
 
 
-def judge(preset: Frontier, chosen: Chosen, base: Path, work: Path) -> dict[str, Any]:
+def judge(preset: Frontier, settings: Chosen, base: Path, work: Path) -> dict[str, Any]:
     """Every arm with every seed, on test examples; the base once; and what every arm costs. Without test examples, on validation alone."""
     runs = [
-        Run(_fit(preset, arm, task, seed, *chosen[named(arm)][task]), preset.validation[task], preset.test.get(task, 0))
+        Run(_fit(preset, arm, task, seed, *settings[named(arm)][task]), preset.validation[task], preset.test.get(task, 0))
         for seed in preset.seeds
         for arm in preset.arms
         for task in TASKS

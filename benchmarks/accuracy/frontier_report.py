@@ -18,6 +18,7 @@ METRICS = {"tpot": "decode step", "ttft": "prefill"}
 LABELS = {"ffba": "FFBA", "ffba-mlp": "FFBA beside MLPs alone", "lora": "LoRA on all projections"}
 COLOURS = {"ffba": "tab:green", "ffba-mlp": "tab:olive", "lora": "tab:gray"}
 SIGNIFICANT = 0.05
+MARGIN = 0.02  # of a mean score of 0 to 1: a loss that the advice takes for nothing
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,31 +93,35 @@ def _best(arms: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def advice(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> str:
-    """What to take, in a sentence or two: the arm with the cheapest decode step that none is measured to beat."""
+    """What to take: the arm with the cheapest decode step of those measured to score no more than MARGIN below the best on validation.
+
+    That nothing was seen is not enough: an arm whose interval reaches further down is named, with how far, but not recommended.
+    """
     best = _best(arms, list(arms))
     by_cost = sorted(arms, key=lambda name: _decode(arms[name]))
-    take = next(name for name in by_cost if name == best or _not_behind(contrast(scores[name], scores[best])))
-    found = contrast(scores[take], scores[best]) if take != best else None
+    found = {name: contrast(scores[name], scores[best]) for name in by_cost}
+    take = next(name for name in by_cost if name == best or found[name]["interval"][0] > -MARGIN)  # type: ignore[index]
     fp32, int4 = (_interval(arms[take]["cost"][precision]["tpot"]) for precision in ("fp32", "int4"))
-    text = (
+    text = [
         f"To switch adapters at run time, take {arms[take]['label']}: a decode step of {fp32} times the base's in fp32, {int4} in int4, "
-        f"and a mean score of {arms[take]['mean']:.3f}"
-    )
-    if found is not None:
-        text += (
-            f", {found['difference']:+.3f} from the best on validation, {arms[best]['label']} (p = {found['p']:.2f}; a true "
-            f"difference of {found['detectable']:.3f} is found 80 times in 100)"
-        )
+        f"and a mean score of {arms[take]['mean']:.3f}, "
+        + ("the best on validation." if take == best else f"{_apart(found[take])} from {arms[best]['label']}, the best on validation.")
+    ]
+    if cheaper := by_cost[: by_cost.index(take)]:
+        each = [f"{arms[name]['label']} at {_decode(arms[name]):.3f} ({_apart(found[name])})" for name in cheaper]
+        text.append(f"Cheaper, but not shown to score within {MARGIN} of the best: {', '.join(each)}.")
     merged = _best(arms, [name for name, arm in arms.items() if arm["method"] == "lora"])
-    return f"{text}. For one task alone, a LoRA that is merged costs nothing: {arms[merged]['label']} has {arms[merged]['mean']:.3f}."
+    text.append(f"For one task alone, a LoRA that is merged costs nothing: {arms[merged]['label']} has {arms[merged]['mean']:.3f}.")
+    return " ".join(text)
+
+
+def _apart(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f}"
 
 
 def _interval(ratio: Sequence[float]) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(*ratio)
-
-
-def _not_behind(found: Mapping[str, Any]) -> bool:
-    return found["difference"] >= 0 or found["p"] >= SIGNIFICANT
 
 
 def markdown(summary: Mapping[str, Any]) -> list[str]:
@@ -138,7 +143,8 @@ def markdown(summary: Mapping[str, Any]) -> list[str]:
 def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]:
     """An arm a row: its loss on validation, mean and standard deviation over seeds; all tasks together as a ratio to the rival's.
 
-    The ratio is the geometric mean over tasks and seeds, its p that of Student's t for its logarithm, a value for each seed.
+    The ratio is the geometric mean over tasks and seeds. Its p is that of Student's t for its logarithm, a value for each seed: of other
+    seeds it tells, not of other examples.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
@@ -152,7 +158,7 @@ def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]
         logs = [
             np.mean([np.log(seeds[seed] / losses[rival][task][seed]) for task, seeds in tasks.items()]) for seed in losses[rival]["lexical"]
         ]
-        p = "" if name == rival else f" (p = {stats.ttest_1samp(logs, 0.0).pvalue:.2f})"
+        p = "" if name == rival else f" (p = {stats.ttest_1samp(logs, 0.0).pvalue:.2g})"
         lines.append(f"| {' | '.join(cells)} | {np.exp(np.mean(logs)):.3f}{p} |")
     return lines
 
@@ -160,11 +166,13 @@ def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]
 def sentence(found: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
     """One contrast, with what its test could have seen."""
     low, high = found["interval"]
+    ours, theirs = (f"{arms[found[side]]['label']} ({arms[found[side]]['trainable'] / 1e6:.1f} M)" for side in ("ours", "theirs"))
     seen = "a difference" if found["p"] < SIGNIFICANT else "no difference that this test can see"
+    tasks = ", ".join(f"{task} {each['difference']:+.3f}" for task, each in found["tasks"].items())
     return (
-        f"{arms[found['ours']]['label']}, against {arms[found['theirs']]['label']}: {found['difference']:+.3f} in mean score, {seen} "
-        f"(95 % interval {low:+.3f} to {high:+.3f}, p = {found['p']:.2f}; power: it finds a true difference of {found['detectable']:.3f} "
-        "80 times in 100)"
+        f"{ours}, against {theirs}: {found['difference']:+.3f} in the mean score of these tasks ({tasks}), {seen} "
+        f"(95 % interval {low:+.3f} to {high:+.3f}, p = {found['p']:.2g}; power: it finds a true difference of {found['detectable']:.3f} "
+        "about 80 times in 100)"
     )
 
 
