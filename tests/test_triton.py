@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from flora_export.artifact import Artifact, open_artifact, seal
 from flora_export.backends.triton import steps
 from flora_export.backends.triton.check import config_faults
-from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse
+from flora_export.backends.triton.config import Serving, Warmup, decoder_config, parse, read_serving
 from flora_export.backends.triton.program.generation import Job, Model, Piece, RequestError, Settings, StopText, read_messages
 from flora_export.backends.triton.program.scheduler import Scheduler
 from flora_export.backends.triton.repository import check, live, make_live, staged_version, versions
@@ -200,6 +200,28 @@ def test_a_publisher_that_is_interrupted_changes_nothing(artifact: Artifact, rep
     with pytest.raises(KeyboardInterrupt), staged_version(artifact, repo, Serving()):
         raise KeyboardInterrupt
     assert snapshot(repo) == before
+
+
+def test_the_next_version_is_served_as_the_one_before(artifact: Artifact, sources: tuple[Path, Path], tmp_path: Path) -> None:
+    """Limits that protect a server do not go with a version; an option that is given changes one of them."""
+    repo = tmp_path / "repo"
+    limits = ("--max-tokens", 64, "--max-queue", 9, "--threads", 2, "--no-check-files")
+    assert run("triton", *limits, artifact.path, repo).exit_code == 0
+    expected = Serving(max_tokens=64, max_queue=9, threads=2, check_files=False)
+    assert read_serving(repo) == expected
+    assert run("triton", "--max-queue", 8, artifact.path, repo).exit_code == 0
+    expected = dataclasses.replace(expected, max_queue=8)
+    assert read_serving(repo) == expected
+    built = run("build", sources[1], "--base", sources[0], "--backend", "triton", "--output", repo, "--force")
+    assert built.exit_code == 0, built.output
+    assert live(repo)["decoder"] == 3
+    assert read_serving(repo) == expected
+    (repo / "generate" / "config.pbtxt").write_text("broken")
+    refused = run("triton", artifact.path, repo)
+    assert refused.exit_code == 2
+    assert "Make a version live with --to N" in refused.output
+    assert run("triton", repo, "--to", 2).exit_code == 0
+    assert read_serving(repo) == dataclasses.replace(expected, max_queue=8)
 
 
 def test_a_publisher_that_is_killed_changes_nothing(artifact: Artifact, repo: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,40 +14,39 @@ from flora_export.cli.trust import signer_of, signer_options
 if TYPE_CHECKING:
     from flora_export.publish import Published
 
+KEPT = "as REPO is served; at first {}"
+
 
 @click.command()
 @click.argument("paths", type=DIRECTORY, nargs=-1, required=True, metavar="[OUT] REPO")
-@click.option("--instances", type=click.IntRange(min=1), default=1, show_default=True, help="Copies of each model that the server loads.")
-@click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Requests that `decoder` joins at most.")
-@click.option("--concurrent", type=click.IntRange(min=1), default=8, show_default=True, help="Requests that a `generate` works on at once.")
+@click.option("--instances", type=click.IntRange(min=1), show_default=KEPT.format(1), help="Copies of each model that the server loads.")
+@click.option("--max-batch", type=click.IntRange(min=1), show_default=KEPT.format(8), help="Requests that `decoder` joins at most.")
+@click.option("--concurrent", type=click.IntRange(min=1), show_default=KEPT.format(8), help="Requests that a `generate` works on at once.")
 @click.option(
-    "--threads", type=click.IntRange(min=0), default=0, show_default=True, help="Threads of one operator; 0: the runtime's choice."
+    "--threads", type=click.IntRange(min=0), show_default=KEPT.format(0), help="Threads of one operator; 0: the runtime's choice."
 )
-@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait; more are refused.")
+@click.option("--max-queue", type=click.IntRange(min=1), show_default=KEPT.format(256), help="Requests that wait; more are refused.")
+@click.option("--max-tokens", type=click.IntRange(min=0), show_default=KEPT.format(0), help="Most a request may ask for; 0: the context's.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Most a request may ask for; 0: the context's."
+    "--check-files/--no-check-files",
+    default=None,
+    show_default=KEPT.format("check"),
+    help="Check hashes whenever `generate` is loaded.",
 )
-@click.option("--check-files/--no-check-files", default=True, show_default=True, help="Check hashes whenever `generate` is loaded.")
-@click.option("--rollback", is_flag=True, help="Make the version before the live one live again; takes REPO alone.")
+@click.option("--rollback", is_flag=True, help="Make the version live again that was live before; takes REPO alone.")
 @click.option("--to", type=click.IntRange(min=1), metavar="N", help="Make version N live; takes REPO alone.")
 @click.option("--check", is_flag=True, help="Check configurations and files without a server; takes REPO alone.")
 @signer_options
 @json_option
 def triton(
     paths: tuple[Path, ...],
-    instances: int,
-    max_batch: int,
-    concurrent: int,
-    threads: int,
-    max_queue: int,
-    max_tokens: int,
-    check_files: bool,
     rollback: bool,
     to: int | None,
     check: bool,
     signer: Path | None,
     signer_ca: tuple[Path, ...],
     as_json: bool,
+    **serving: Any,  # a field of Serving each; None where the option is not given
 ) -> None:
     """Publish the artifact OUT as the next version in the Triton model repository REPO. It goes live once its golden vectors replay."""
     action = rollback or to is not None or check
@@ -62,7 +62,7 @@ def triton(
         from flora_export import publish as publishing
         from flora_export.artifact import open_artifact
         from flora_export.backends.triton import repository
-        from flora_export.backends.triton.config import Serving
+        from flora_export.backends.triton.config import serving_of
 
         if check:
             live, faults = repository.live(repo), repository.check(repo)
@@ -76,11 +76,11 @@ def triton(
         if action:
             done = publishing.roll_back(repo, to)
         else:
-            serving = Serving(instances, max_batch, concurrent, threads, max_queue, check_files, max_tokens)
+            served = replace(serving_of(repo), **{name: value for name, value in serving.items() if value is not None})
             if wanted is not None:
-                done = publishing.publish_signed(paths[0], wanted, repo, serving, progress())
+                done = publishing.publish_signed(paths[0], wanted, repo, served, progress())
             else:
-                done = publishing.publish(open_artifact(paths[0]), repo, serving, progress())
+                done = publishing.publish(open_artifact(paths[0]), repo, served, progress())
         say_published(repo, done, as_json)
         return 0
 

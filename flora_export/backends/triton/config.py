@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_export.errors import BackendError
+from flora_export.errors import ArtifactError, BackendError
 from flora_export.manifest import Manifest, Tensor
 from flora_export.stacks import matrices_of
 
@@ -20,6 +20,7 @@ DECODER, GENERATE = "decoder", "generate"
 CONFIG = "config.pbtxt"
 MAIN = "model.py"  # of the program of `generate`: what the server runs
 HASH = "sha256:"  # begins a parameter of `generate` that has the hash of a file of its program
+THREADS = "intra_op_thread_count"  # a parameter of `decoder` that Triton's ONNX Runtime takes
 FORMER = "former_version"  # a parameter of `decoder`: what was live before; Triton has no use for it
 TYPES = {"FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "INT64": "TYPE_INT64", "INT32": "TYPE_INT32"}
 # What a decoder's files are called, and which of Triton's backends runs them. TensorRT's form has not been run by us.
@@ -98,7 +99,7 @@ def decoder_config(manifest: Manifest, version: int, serving: Serving, warmup: W
     # Only requests of equal shapes are joined. No delay: a request is never kept waiting for company.
     lines.append(f"dynamic_batching {{\n  max_queue_delay_microseconds: 0\n{_queue_policy(serving.max_queue)}}}")
     if serving.threads and backend == "onnxruntime":
-        lines.append(_parameter("intra_op_thread_count", serving.threads))
+        lines.append(_parameter(THREADS, serving.threads))
     if former is not None:
         lines.append(_parameter(FORMER, former))
     lines.append(_warmup(warmup, {tensor.name: describe(tensor)[1] for tensor in manifest.inputs}))
@@ -179,14 +180,22 @@ def parse(text: str) -> Any:
         raise ValueError(f"does not fit Triton's schema: {error}") from error
 
 
+def serving_of(repo: Path) -> Serving:
+    """How the next version of a repository is to be served: as it is now, and the first by the defaults. Raises as `read_serving`."""
+    return read_serving(repo) if (repo / DECODER / CONFIG).exists() else Serving()
+
+
 def read_serving(repo: Path) -> Serving:
-    """How a repository is served now, as its configurations say it. Raises BackendError where they do not."""
+    """How a repository is served now, as its configurations say it. Raises ArtifactError where they do not."""
     known: dict[str, Any] = {}
     try:
         decoder = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8"))
+        if THREADS in decoder.parameters:
+            known["threads"] = int(decoder.parameters[THREADS].string_value)
         if (repo / GENERATE / CONFIG).is_file():
             parameters = parse((repo / GENERATE / CONFIG).read_text(encoding="utf-8")).parameters
-            known = {"concurrent": int(parameters["concurrent_requests"].string_value), "threads": int(parameters["threads"].string_value)}
+            known["concurrent"] = int(parameters["concurrent_requests"].string_value)
+            known["threads"] = int(parameters["threads"].string_value)
             known["check_files"] = parameters["check_files"].string_value == "true"
             known["max_tokens"] = int(parameters["max_tokens"].string_value) if "max_tokens" in parameters else 0
         return Serving(
@@ -196,4 +205,4 @@ def read_serving(repo: Path) -> Serving:
             **known,
         )
     except (OSError, ValueError, IndexError) as error:
-        raise BackendError(f"{repo}: its configurations cannot be read ({error}). Publish an artifact there again.") from error
+        raise ArtifactError(f"{repo}: its configurations cannot be read ({error}). Make a version live with --to N.") from error

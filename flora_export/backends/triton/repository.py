@@ -93,7 +93,7 @@ def live(repo: Path) -> dict[str, int]:
             try:
                 found[model] = version_of(file)
             except (ValueError, OSError) as error:
-                raise ArtifactError(f"{file} names no live version ({error}). Publish again, or roll back with --to N.") from error
+                raise ArtifactError(f"{file} names no live version ({error}). Make a version live with --to N.") from error
     if DECODER not in found:
         raise ArtifactError(
             f"{repo} is no model repository of ours: it has no {DECODER}/{CONFIG}. Make one with `flora-export triton OUT REPO`."
