@@ -78,7 +78,8 @@ PRESETS = {
         SMALL,
         arms=(("ffba", 128), ("lora", 8), ("lora", 32)),
         seeds=(3, 4, 5, 6, 7),
-        test={"arithmetic": 300, "lexical": 700, "dialogue": 150},
+        test={"arithmetic": 200, "lexical": 700, "dialogue": 100},
+        rounds=60,
     ),
     # Where a branch writes, at equal parameters: within 1 % of a LoRA of rank 8. The first is what the others have to beat.
     "placement": replace(SMALL, arms=(("ffba", 28), ("next", 16), ("carried", 13)), seeds=(0, 1, 2, 3, 4), test={}),
