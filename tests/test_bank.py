@@ -180,12 +180,17 @@ def test_families_and_precisions_verify(
     assert make_bank(adapters, own, tmp_path / "out", layout, **options).manifest.bank is not None
 
 
-def test_loras_stand_side_by_side(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "precision"), [(None, "fp32"), (None, "int4"), (COLUMNS, "int8")])
+def test_loras_stand_side_by_side(base: Path, tmp_path: Path, layout: str | None, precision: str) -> None:
     loras = {f"lora{seed}": make_lora(base, tmp_path / f"lora{seed}", seed=seed, r=seed + 1) for seed in (1, 2, 3)}
-    out = make_bank(loras, base, tmp_path / "out", None)
+    out = make_bank(loras, base, tmp_path / "out", layout, precision=precision)
     assert out.manifest.bank is not None and out.manifest.bank.layout == COLUMNS
     rows = logits(Decoder(out), [PROMPTS[0]] * 4, [0, 1, 2, BASE])
     assert min(np.abs(rows[i] - rows[j]).max() for i in range(4) for j in range(i)) > 1e-3
+
+
+def test_a_stack_holds_no_lora(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    loras = {f"lora{seed}": make_lora(base, tmp_path / f"lora{seed}", seed=seed) for seed in (1, 2)}
     with pytest.raises(CheckpointError, match="a stack has places for FFBA alone"):
         make_bank(loras, base, tmp_path / "no", STACK)
     with pytest.raises(CheckpointError, match="without --slots"):

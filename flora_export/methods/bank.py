@@ -43,15 +43,17 @@ class BankOptions:
     def layout_for(self, checkpoints: Sequence[Checkpoint], precision: str) -> str:
         """The layout that was asked for, or else the one that is faster; beside quantized weights a stack, whose adapters keep theirs.
 
-        Raises FloraExportError: columns in quantized weights, whose blocks of rows would be shared by several B.
+        LoRAs, for which a stack has no place, stand in columns always.
+
+        Raises FloraExportError: FFBA in columns of quantized weights, whose blocks of rows would be shared by several B.
         """
-        if self.layout == COLUMNS and precision in BITS:
+        beside = any(checkpoint.detours for checkpoint in checkpoints)
+        if self.layout == COLUMNS and precision in BITS and not beside:
             raise FloraExportError(f"--bank {COLUMNS} --precision {precision}: beside quantized weights adapters stand in a {STACK}")
         columns = Counter[str]()
         for checkpoint in checkpoints:
             columns.update({branch.block: branch.rank for branch in checkpoint.branches})
         fits = max(columns.values(), default=0) <= MOST_COLUMNS and precision not in BITS
-        beside = any(checkpoint.detours for checkpoint in checkpoints)  # LoRAs, for which a stack has no place
         return self.layout or (COLUMNS if (fits or beside) and self.slots is None else STACK)
 
 

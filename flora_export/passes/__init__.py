@@ -91,9 +91,9 @@ def fuse_adapter(
             f"{inexact[0].tensor}: {inexact[0].what}, has other last bits on other machines, and {quantization.precision} codes "
             "with them: they could not be proved. Build it in fp32 or fp16."
         )
-    if quantization is not None and checkpoint.bank is not None and checkpoint.bank.layout == STACK:
+    if quantization is not None and checkpoint.bank is not None:
         if quantization.adapter_bits not in (0, quantization.bits):
-            raise FusionError("adapters in a stack keep their precision: leave out --adapter-precision")
+            raise FusionError("adapters of a bank keep their precision: leave out --adapter-precision")
         quantization = dataclasses.replace(quantization, adapter_bits=0)
     lowered = lowering(capture.form, cache_tokens)  # first: what follows then sees what the target sees
     lowered = run_passes(capture.model, lowered)
