@@ -77,7 +77,7 @@ browser-dependencies: $(VENV)/installed-test
 	-command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	-cd $(BROWSER) && { test node_modules/.package-lock.json -nt package-lock.json || npm ci --silent --no-audit --no-fund; }
 
-# The numbers of the README.
+# Numbers of the README: builds, decode steps, engines, quantization, methods. `make readme-tables` puts them there.
 bench: $(VENV)/installed-bench $(BASE)
 	$(BIN)/python benchmarks/build.py --base $(BASE)
 	$(BIN)/python benchmarks/decode.py --base $(BASE)

@@ -164,7 +164,7 @@ def _mend_attention(model: ir.Model, base: BaseModel, form: str) -> None:
             elif window < base.context:
                 raise CheckpointError(
                     f"base model {base.name}: layer {layer} attends to a window of {window} tokens, which {node.op_type} cannot express. "
-                    "Windows need GroupQueryAttention: --target cpu --precision fp32, or --target cuda with fp16 or bf16."
+                    "Windows need GroupQueryAttention: fp32, int8 or int4 for --target cpu, any but fp32 for --target cuda."
                 )
 
 

@@ -125,7 +125,9 @@ def test_02_ci_workflow(base: Path, adapter: Path, tmp_path: Path) -> None:
             ["bash", "-ec", quick], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert result.returncode == 0, result.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "report.html", "bench.html", "junit.xml", "comment.md", "summary.md"}
+    made = {"out", "build.json", "report.html", "bench.html", "junit.xml", "comment.md", "summary.md"}
+    assert {p.name for p in tmp_path.iterdir()} == made
+    assert json.loads((tmp_path / "build.json").read_text())["verified"] is True
 
 
 def test_03_optimum() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from flora_export.cli.common import DIRECTORY, base_option, json_option, print_json, progress, run_command
+from flora_export.cli.common import DIRECTORY, json_option, print_json, progress, run_command
 
 
 @click.command()
 @click.argument("out", type=DIRECTORY)
-@base_option
+@click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the one that OUT was built with.")
 @click.option(
     "--arms",
     help="What to time: eager, base, unfused, forward, backward, fused (OUT itself), lora, lora-budget, lora-forward, lora-merged; "

@@ -65,7 +65,7 @@ def sign(out: Path, key: Path, certificate: Path | None, certificate_chain: tupl
 @click.command()
 @click.argument("out", type=DIRECTORY)
 @adapters_option
-@base_option
+@click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the BOM has no licence of the base.")
 @json_option
 def bom(out: Path, ckpts: tuple[Path, ...], base: str | None, as_json: bool) -> None:
     """Write the CycloneDX ML-BOM of the artifact OUT: OUT/bom.cdx.json. With --base and --ckpt it has the licences of their cards."""
