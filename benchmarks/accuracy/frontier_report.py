@@ -143,8 +143,8 @@ def markdown(summary: Mapping[str, Any]) -> list[str]:
 def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]:
     """An arm a row: its loss on validation, mean and standard deviation over seeds; all tasks together as a ratio to the rival's.
 
-    The ratio is the geometric mean over tasks and seeds. Its p is that of Student's t for its logarithm, a value for each seed: of other
-    seeds it tells, not of other examples.
+    The ratio is the geometric mean over tasks and seeds. Its interval and p are those of Student's t for its logarithm, a value for each
+    seed: of other seeds they tell, not of other examples.
     """
     losses: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
@@ -158,9 +158,15 @@ def validation_table(runs: Sequence[Mapping[str, Any]], rival: str) -> list[str]
         logs = [
             np.mean([np.log(seeds[seed] / losses[rival][task][seed]) for task, seeds in tasks.items()]) for seed in losses[rival]["lexical"]
         ]
-        p = "" if name == rival else f" (p = {stats.ttest_1samp(logs, 0.0).pvalue:.2g})"
-        lines.append(f"| {' | '.join(cells)} | {np.exp(np.mean(logs)):.3f}{p} |")
+        test = "" if name == rival else _against_one(stats.ttest_1samp(logs, 0.0))
+        lines.append(f"| {' | '.join(cells)} | {np.exp(np.mean(logs)):.3f}{test} |")
     return lines
+
+
+def _against_one(test: Any) -> str:
+    """What a t-test of a ratio's logarithm says of the ratio."""
+    low, high = np.exp(test.confidence_interval())
+    return f" (95 % {low:.3f} to {high:.3f}, p = {test.pvalue:.2g})"
 
 
 def sentence(found: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
