@@ -17,6 +17,7 @@ PACKAGES = ("torch", "transformers", "peft")
 SOURCES = (  # what a run's numbers come from; not what counts and draws them
     *(f"benchmarks/accuracy/{name}.py" for name in ("methods", "placements", "training", "scoring")),
     *("benchmarks/accuracy/tasks/*.py", "benchmarks/accuracy/tasks/*.tsv", "flora_export/branch.py", "flora_export/ffba/*.py"),
+    "examples/01_train_ffba/problems.py",  # the names and things of arithmetic, and how an answer is read
 )
 
 
