@@ -12,6 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SIGNIFICANT = 0.05
+BEST = "best of each"  # the contrast
 ACCURACY = ("small", "small-base-lora-ffba-ffba-mlp", "ablation", "trials")
 
 
@@ -80,9 +81,11 @@ def frontier_section() -> str:
     for fit in (each["fit"] for each in tuning["tried"]):
         tried[f"{fit['method']} {fit['rank']}", fit["task"]].add(fit["learning_rate"])
     ends = sum(rate in (min(tried[name, task]), max(tried[name, task])) for name, task, rate in cells)
-    at_ends = f"in none of {len(cells)} cells is the best an end of what was tried"
+    at_ends = f"in none of {len(cells)} cells is the best rate an end of what was tried"
     if ends:
-        at_ends = f"in {ends} of {len(cells)} cells the best is an end of what was tried, so that one beyond it may be better still"
+        at_ends = f"in {ends} of {len(cells)} cells the best rate is an end of what was tried, so that one beyond it may be better still"
+    factors = [factor for tasks in tuning["chosen"].values() for _, factor in tasks.values()]
+    of_factors = sum(factor in (min(preset["scales"]), max(preset["scales"])) for factor in factors)
     beyond = ", and beyond them while that was better" if set().union(*tried.values()) - set(listed) else ""
     chosen = ["| adapter | " + " | ".join(preset["test"]) + " |", "| --- " * (len(preset["test"]) + 1) + "|"]
     for name, tasks in tuning["chosen"].items():
@@ -102,33 +105,57 @@ def frontier_section() -> str:
         "",
         f"Learning rate and factor on alpha that validation chose (rates {', '.join(f'{rate:g}' for rate in listed)}{beyond};",
         f"{at_ends};",
-        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1;",
+        f"then factors {', '.join(f'{factor:g}' for factor in preset['scales'])} beside 1:",
+        f"the best is the lowest or the highest of them in {of_factors} of {len(factors)} cells;",
         "[frontier-small-tuning.json](../benchmarks/results/frontier-small-tuning.json)):",
         "",
         *chosen,
     ]
-    if (placed := RESULTS / "frontier-placement.json").is_file():
-        placement = json.loads(placed.read_text())
-        lines += [
-            "",
-            f"Branches in other places: loss on validation, {len(placement['preset']['seeds'])} seeds",
-            "([frontier-placement.json](../benchmarks/results/frontier-placement.json)):",
-            "",
-            *placement["table"],
-        ]
+    confirmed, placement = (json.loads((RESULTS / f"frontier-{name}.json").read_text()) for name in ("confirm", "placement"))
+    by_task = confirmed["summary"]["contrasts"][BEST]["tasks"].items()
+    lines += [
+        "",
+        f"{_again(confirmed)} {sum(preset['test'].values())} of these examples are those of the table above",
+        "([frontier-confirm.json](../benchmarks/results/frontier-confirm.json), tuned in the same way:",
+        "[frontier-confirm-tuning.json](../benchmarks/results/frontier-confirm-tuning.json)).",
+        f"By task: {'; '.join(f'{task} {_difference(found)}' for task, found in by_task)}.",
+        "",
+        *confirmed["table"],
+        "",
+        f"**{confirmed['summary']['advice']}**",
+        "",
+        f"Branches in other places: loss on validation, {len(placement['preset']['seeds'])} seeds",
+        "([frontier-placement.json](../benchmarks/results/frontier-placement.json)):",
+        "",
+        *placement["table"],
+    ]
     return "\n".join(lines)
+
+
+def _difference(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}, p {found['p']:.2g})"
+
+
+def _again(confirmed: dict[str, Any]) -> str:
+    """What came of the best FFBA and two LoRAs with seeds that had chosen nothing."""
+    preset = confirmed["preset"]
+    examples = sum(preset["test"].values())
+    said = confirmed["summary"]["contrasts"][BEST]["said"]
+    return f"That FFBA again, beside LoRAs up to its size, with {len(preset['seeds'])} other seeds and {examples:,} test examples: {said}."
 
 
 def frontier_paragraph() -> list[str]:
     """What the README says of accuracy, with its test."""
-    result = json.loads((RESULTS / "frontier-small.json").read_text())
+    result, confirmed = (json.loads((RESULTS / f"frontier-{name}.json").read_text()) for name in ("small", "confirm"))
     preset, found = result["preset"], result["summary"]["contrasts"]
     return [
         f"**Accuracy against latency**, {len(preset['arms'])} adapters, each tuned by itself on validation, {len(preset['seeds'])} seeds,",
         f"{preset['steps']} steps ([docs/frontier.md](docs/frontier.md): table, plot, how):",
         "",
         *(f"- {what[0].upper()}{what[1:]}: {each['said']}." for what, each in found.items()),
-        f"- {result['summary']['advice']}",
+        f"- {_again(confirmed)}",
+        f"- {confirmed['summary']['advice']}",
     ]
 
 

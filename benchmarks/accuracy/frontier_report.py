@@ -108,8 +108,8 @@ def advice(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> str:
         + ("the best on validation." if take == best else f"{_apart(found[take])} from {arms[best]['label']}, the best on validation.")
     ]
     if cheaper := by_cost[: by_cost.index(take)]:
-        each = [f"{arms[name]['label']} at {_decode(arms[name]):.3f} ({_apart(found[name])})" for name in cheaper]
-        text.append(f"Cheaper, but not shown to score within {MARGIN} of the best: {', '.join(each)}.")
+        each = [f"{arms[name]['label']} at {_decode(arms[name]):.3f}, {_apart(found[name])}" for name in cheaper]
+        text.append(f"Cheaper, but not shown to score within {MARGIN} of the best: {'; '.join(each)}.")
     merged = _best(arms, [name for name, arm in arms.items() if arm["method"] == "lora"])
     text.append(f"For one task alone, a LoRA that is merged costs nothing: {arms[merged]['label']} has {arms[merged]['mean']:.3f}.")
     return " ".join(text)
@@ -117,7 +117,7 @@ def advice(arms: Mapping[str, Any], scores: Mapping[str, list[Scores]]) -> str:
 
 def _apart(found: Mapping[str, Any]) -> str:
     low, high = found["interval"]
-    return f"{found['difference']:+.3f}, 95 % {low:+.3f} to {high:+.3f}"
+    return f"{found['difference']:+.3f} (95 % {low:+.3f} to {high:+.3f})"
 
 
 def _interval(ratio: Sequence[float]) -> str:
