@@ -60,21 +60,32 @@ def against_lora(accuracy: dict[str, Any]) -> list[str]:
     """Whether FFBA wins at one budget."""
     methods = accuracy["summary"]["methods"]
     ours, lora = methods["ffba"], methods["lora"]
-    versus = {task: (row["difference"], *row["interval"], row["p"]) for task, row in ours["against_lora"].items()}
+    versus = ours["against_lora"]
     fused, unmerged = ours["tpot"]["fused"][0], lora["tpot"]["unmerged"][0]
     return [
-        f"FFBA's mean is above LoRA's on {sum(row[0] > 0 for row in versus.values())} of {len(versus)} tasks;",
-        f"differences with a p below {SIGNIFICANT}: {sum(row[3] < SIGNIFICANT for row in versus.values())} of {len(versus)}.",
+        f"FFBA's mean is above LoRA's on {sum(row['difference'] > 0 for row in versus.values())} of {len(versus)} tasks;",
+        f"differences with a p below {SIGNIFICANT}: {sum(row['p'] < SIGNIFICANT for row in versus.values())} of {len(versus)}.",
         "All of them, with 95 % intervals over test examples and p of a paired permutation test:",
-        "; ".join(f"{task} {diff:+.3f} ({low:+.3f} to {high:+.3f}, p {p:.2g})" for task, (diff, low, high, p) in versus.items()) + ".",
+        _by_task(versus),
         f"Its fused decode step takes {1 - fused / unmerged:.1%} less time than that of an unmerged LoRA of this budget;",
         f"the base's own, without any adapter, {1 - 1 / unmerged:.1%} less.",
     ]
 
 
+def _by_task(versus: dict[str, dict[str, Any]]) -> str:
+    """Each task's difference, with its interval and p."""
+    intervals = {task: "{:+.3f} to {:+.3f}".format(*row["interval"]) for task, row in versus.items()}
+    return "; ".join(f"{task} {row['difference']:+.3f} ({intervals[task]}, p {row['p']:.2g})" for task, row in versus.items()) + "."
+
+
+def _frontier(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"frontier-{name}.json").read_text())
+    return result
+
+
 def frontier_section() -> str:
     """The measured section of docs/frontier.md: the table, the plot, the contrasts, and what was chosen for each arm."""
-    result, tuning = (json.loads((RESULTS / f"frontier-small{end}.json").read_text()) for end in ("", "-tuning"))
+    result, tuning, confirmed, placement = map(_frontier, ("small", "small-tuning", "confirm", "placement"))
     preset, summary = result["preset"], result["summary"]
     listed, cells = preset["rates"], [(name, task, rate) for name, tasks in tuning["chosen"].items() for task, (rate, _) in tasks.items()]
     tried = defaultdict(set)
@@ -111,14 +122,12 @@ def frontier_section() -> str:
         "",
         *chosen,
     ]
-    confirmed, placement = (json.loads((RESULTS / f"frontier-{name}.json").read_text()) for name in ("confirm", "placement"))
-    by_task = confirmed["summary"]["contrasts"][BEST]["tasks"].items()
     lines += [
         "",
         f"{_again(confirmed)} {sum(preset['test'].values())} of these examples are those of the table above",
         "([frontier-confirm.json](../benchmarks/results/frontier-confirm.json), tuned in the same way:",
         "[frontier-confirm-tuning.json](../benchmarks/results/frontier-confirm-tuning.json)).",
-        f"By task: {'; '.join(f'{task} {_difference(found)}' for task, found in by_task)}.",
+        f"By task: {_by_task(confirmed['summary']['contrasts'][BEST]['tasks'])}",
         "",
         *confirmed["table"],
         "",
@@ -132,11 +141,6 @@ def frontier_section() -> str:
     return "\n".join(lines)
 
 
-def _difference(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['difference']:+.3f} ({low:+.3f} to {high:+.3f}, p {found['p']:.2g})"
-
-
 def _again(confirmed: dict[str, Any]) -> str:
     """What came of the best FFBA and two LoRAs with seeds that had chosen nothing."""
     preset = confirmed["preset"]
@@ -147,7 +151,7 @@ def _again(confirmed: dict[str, Any]) -> str:
 
 def frontier_paragraph() -> list[str]:
     """What the README says of accuracy, with its test."""
-    result, confirmed = (json.loads((RESULTS / f"frontier-{name}.json").read_text()) for name in ("small", "confirm"))
+    result, confirmed = _frontier("small"), _frontier("confirm")
     preset, found = result["preset"], result["summary"]["contrasts"]
     return [
         f"**Accuracy against latency**, {len(preset['arms'])} adapters, each tuned by itself on validation, {len(preset['seeds'])} seeds,",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends import PUBLISHED, backend_of
-from flora_export.backends.triton.config import DECODER, GENERATE, Serving, read_serving, serving_of
+from flora_export.backends.triton.config import DECODER, GENERATE, Serving, read_serving
 from flora_export.backends.triton.program.decoding import Logits, Row
 from flora_export.backends.triton.program.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
@@ -113,7 +113,7 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
         artifact, report = build(
             ckpt, base_name, Path(scratch) / "out", replace(options, backend=PUBLISHED[options.backend], force=False), progress
         )
-        published = publish(artifact, repo, serving_of(repo), progress)
+        published = publish(artifact, repo, read_serving(repo), progress)
     return open_artifact(repo / "decoder" / str(published.version)), report
 
 

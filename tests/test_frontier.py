@@ -154,6 +154,7 @@ def test_the_advice_is_the_cheapest_that_is_measured_to_score_as_the_best() -> N
     assert contrast(coarse, good)["p"] > 0.05  # type: ignore[operator]
     assert "take ffba at 1.05:" in advice(arms, {"a": poor, "b": alike, "c": good})
     assert "take ffba at 1.01:" in advice(arms, {"a": alike, "b": alike, "c": good})
+    assert "take lora at 1.2:" in advice(arms, {"a": poor, "b": poor, "c": good})
     assert "take lora at 1.2:" in advice(arms, {"a": poor, "b": coarse, "c": good})
     assert "Cheaper, but not shown to score within 0.02 of the best: ffba at 1.01 at 1.010, -0.5" in advice(
         arms, {"a": poor, "b": coarse, "c": good}

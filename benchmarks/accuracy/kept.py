@@ -61,8 +61,9 @@ def claim(work: Path, base: Path) -> dict[str, Any]:
 def elsewhere(work: Path, environments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Remember where runs were made that were brought here. Returns all such environments, those of earlier calls too, each once."""
     place = work / ELSEWHERE
-    then: list[dict[str, Any]] = json.loads(place.read_text()) if place.is_file() else []
-    now = then + [environment for number, environment in enumerate(environments) if environment not in then + environments[:number]]
-    if now != then:
-        place.write_text(json.dumps(now, indent=1))
-    return now
+    known: list[dict[str, Any]] = json.loads(place.read_text()) if place.is_file() else []
+    for environment in environments:
+        if environment not in known:
+            known.append(environment)
+    place.write_text(json.dumps(known, indent=1))
+    return known

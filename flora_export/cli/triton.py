@@ -62,7 +62,7 @@ def triton(
         from flora_export import publish as publishing
         from flora_export.artifact import open_artifact
         from flora_export.backends.triton import repository
-        from flora_export.backends.triton.config import serving_of
+        from flora_export.backends.triton.config import read_serving
 
         if check:
             live, faults = repository.live(repo), repository.check(repo)
@@ -76,7 +76,7 @@ def triton(
         if action:
             done = publishing.roll_back(repo, to)
         else:
-            served = replace(serving_of(repo), **{name: value for name, value in serving.items() if value is not None})
+            served = replace(read_serving(repo), **{name: value for name, value in serving.items() if value is not None})
             if wanted is not None:
                 done = publishing.publish_signed(paths[0], wanted, repo, served, progress())
             else:

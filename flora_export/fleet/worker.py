@@ -60,7 +60,7 @@ def _build(job: Job) -> Outcome:
 
 def _publish(artifact: Artifact, repo: Path) -> int:
     """The artifact's version in the repository. One that is live already, of a fleet that was killed before it said so, is that."""
-    from flora_export.backends.triton.config import CONFIG, DECODER, serving_of
+    from flora_export.backends.triton.config import CONFIG, DECODER, read_serving
     from flora_export.backends.triton.repository import check, live
     from flora_export.publish import publish
 
@@ -69,7 +69,7 @@ def _publish(artifact: Artifact, repo: Path) -> int:
         if file_sha256(repo / DECODER / str(version) / MANIFEST) == file_sha256(artifact.path / MANIFEST):
             return version
     repo.parent.mkdir(parents=True, exist_ok=True)
-    return publish(artifact, repo, serving_of(repo), _silent).version
+    return publish(artifact, repo, read_serving(repo), _silent).version
 
 
 def _silent(what: str, done: int, of: int) -> None:

@@ -180,13 +180,13 @@ def parse(text: str) -> Any:
         raise ValueError(f"does not fit Triton's schema: {error}") from error
 
 
-def serving_of(repo: Path) -> Serving:
-    """How the next version of a repository is to be served: as it is now, and the first by the defaults. Raises as `read_serving`."""
-    return read_serving(repo) if (repo / DECODER / CONFIG).exists() else Serving()
-
-
 def read_serving(repo: Path) -> Serving:
-    """How a repository is served now, as its configurations say it. Raises ArtifactError where they do not."""
+    """How a repository is served now, as its configurations say it; where nothing is published yet, the defaults.
+
+    Raises ArtifactError where they do not say it.
+    """
+    if not (repo / DECODER / CONFIG).exists():
+        return Serving()
     known: dict[str, Any] = {}
     try:
         decoder = parse((repo / DECODER / CONFIG).read_text(encoding="utf-8"))
