@@ -5,7 +5,8 @@
 #     benchmarks/on_gpu.sh --missing             # packages that are not there, as locked: stage them as wheels, and no network is needed
 #
 # PARTS chooses among: latency (gpu.py, one file for each of DTYPES), artifacts (built for CUDA and verified there), accuracy and frontier (of
-# PRESET, full); all but the first need models/smollm2. Exit codes: 0 all is in RESULTS, 75 call again, 1 a parity check or a verification failed, 2 wrong use.
+# PRESET, full); all but the first need models/smollm2, which is made if it is not there. Exit codes: 0 all is in RESULTS, 75 call again,
+# 1 a parity check or a verification failed, 2 wrong use.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -13,23 +14,14 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 TQDM_DISABLE=
 base=models/smollm2
 adapter=examples/01_train_ffba/adapter
 
-missing() {
-	local needed="torch transformers peft accelerate onnx onnx-ir onnxscript mobius-onnx safetensors click ml-dtypes mpmath onnxruntime scipy"
-	$python - $needed <<-'PY'
-		import importlib.metadata, re, sys
-		locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", open("requirements/test.txt").read(), re.MULTILINE))
-		names = {name.lower().replace("_", "-") for each in importlib.metadata.distributions() if (name := each.metadata["Name"])}
-		print(*(f"{name}=={locked[name]}" if name in locked else name for name in sys.argv[1:] if not {name, f"{name}-gpu"} & names), sep="\n")
-	PY
-}
-
-[[ ${1:-} == --missing ]] && { missing; exit; }
-[[ $# -ge 1 && $# -le 2 ]] || { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
+[[ ${1:-} == --missing ]] && { $python benchmarks/missing.py; exit; }
+[[ $# -ge 1 && $# -le 2 ]] || { sed -n '2,9s/^# \?//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
 results=$(cd "$1" && pwd)
 end=$((SECONDS + ${2:-570}))
 parts=" ${PARTS:-latency artifacts accuracy frontier} "
-[[ -d $base ]] || { echo "$base is not there: latency alone is measured" >&2; [[ $parts == *" latency "* ]] && parts=" latency " || parts=; }
+[[ -d $base ]] || $python examples/00_get_smollm2.py $base >&2 ||
+	{ echo "$base is not there: latency alone is measured" >&2; [[ $parts == *" latency "* ]] && parts=" latency " || parts=; }
 failed=0
 
 # need SECONDS: end this call where so many are not left

@@ -17,6 +17,8 @@ from benchmarks.accuracy.frontier_report import advice, markdown, plot, summaris
 from benchmarks.accuracy.kept import elsewhere
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.placements import place
+from benchmarks.accuracy.presets import PRESETS as AT_ONE_BUDGET
+from benchmarks.accuracy.presets import Preset
 from benchmarks.accuracy.runs import RECORD
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Fit, load_base, train
@@ -159,6 +161,19 @@ def test_the_advice_is_the_cheapest_that_is_measured_to_score_as_the_best() -> N
     assert "Cheaper, but not shown to score within 0.02 of the best: ffba at 1.01 at 1.010, -0.5" in advice(
         arms, {"a": poor, "b": coarse, "c": good}
     )
+
+
+@pytest.mark.parametrize(
+    "preset", [*PRESETS.values(), *AT_ONE_BUDGET.values()], ids=[*PRESETS, *(f"one-budget-{name}" for name in AT_ONE_BUDGET)]
+)
+def test_a_preset_asks_for_no_more_examples_than_there_are(preset: Frontier | Preset) -> None:
+    for name, task in TASKS.items():
+        for split, count in (
+            ("train", preset.steps * preset.batch[name]),
+            ("validation", preset.validation[name]),
+            ("test", preset.test.get(name, 0)),
+        ):
+            assert len(task.examples(split, count, 0)) == count
 
 
 @pytest.mark.parametrize("result", sorted(RESULTS.glob("frontier-*.json")), ids=lambda path: path.stem)

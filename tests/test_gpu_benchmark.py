@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -321,9 +324,34 @@ def test_the_whole_evidence_comes_in_calls_that_go_on(tmp_path: Path) -> None:
     assert on_gpu(tmp_path, "10", "more").returncode == 2
 
 
-def test_what_a_machine_lacks_is_named_as_it_is_locked() -> None:
-    asked = [str(BENCHMARKS / "on_gpu.sh"), "--missing"]
-    bare = subprocess.run(asked, env=os.environ | {"PYTHON": f"{sys.executable} -S"}, capture_output=True, text=True, check=True)
-    here = subprocess.run(asked, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True)
-    assert here.stdout.strip() == ""
-    assert "peft==" in bare.stdout and "mobius-onnx==" in bare.stdout and "torch" in bare.stdout.splitlines()
+def missing(python: str, path: str = os.environ["PATH"]) -> set[str]:
+    """Names of packages."""
+    command = [str(BENCHMARKS / "on_gpu.sh"), "--missing"]
+    printed = subprocess.run(command, env=os.environ | {"PYTHON": python, "PATH": path}, capture_output=True, text=True, check=True).stdout
+    return {re.split("[=~<>]", line)[0] for line in printed.splitlines()} - {""}
+
+
+def test_what_a_machine_lacks_is_named_as_it_is_locked(tmp_path: Path) -> None:
+    assert missing(sys.executable) <= {"onnxruntime-gpu"}  # that, if this machine has a GPU
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("")
+    driver.chmod(0o755)
+    with_driver = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert missing(sys.executable, with_driver) == {"onnxruntime-gpu"}
+    assert {"torch", "onnxruntime-gpu", "peft", "mobius-onnx"} <= missing(f"{sys.executable} -S", with_driver)
+
+
+def test_what_the_benchmarks_import_is_among_it() -> None:
+    """An import that only training, scoring or drawing reaches would end a run on a GPU after its first minutes."""
+    named = missing(f"{sys.executable} -S") | {"onnxruntime"}
+    files = [
+        *(BENCHMARKS / "accuracy").rglob("*.py"),
+        *(BENCHMARKS / f"{name}.py" for name in ("common", "fused_torch", "gpu", "gpu_arms")),
+    ]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    owners = importlib.metadata.packages_distributions()
+    others = {name.lower().replace("_", "-") for module in modules for name in owners.get(module.partition(".")[0], [])} - {"flora-export"}
+    assert "rouge-score" in others
+    assert others <= named

@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy.frontier --base models/smollm2                   # small: two CPU cores, under 60 minutes
     python -m benchmarks.accuracy.frontier --base models/smollm2 --preset full     # every rank, five seeds: a GPU, or many hours
     python -m benchmarks.accuracy.frontier --base models/smollm2 --preset confirm      # small's best again: other seeds, more examples
+    python -m benchmarks.accuracy.frontier --base models/smollm2 --preset longer       # and trained three times as long
     python -m benchmarks.accuracy.frontier --base models/smollm2 --preset placement    # branches elsewhere, on validation alone
     python -m benchmarks.accuracy.frontier --base models/smollm2 --tune            # choose rates and scales anew
 
@@ -71,16 +72,19 @@ SMALL = Frontier(
     steps=40,
     **_examples_and_machine(AT_ONE_BUDGET["small"]) | {"rounds": 150},
 )
+# What small's validation chose, and a LoRA as large as that FFBA; seeds that chose nothing, and examples for a difference near 0.02.
+CONFIRM = replace(
+    SMALL,
+    arms=(("ffba", 128), ("lora", 8), ("lora", 32)),
+    seeds=(3, 4, 5, 6, 7),
+    test={"arithmetic": 200, "lexical": 700, "dialogue": 100},
+    rounds=60,
+)
 PRESETS = {
     "small": SMALL,
-    # What small's validation chose, and a LoRA as large as that FFBA; seeds that chose nothing, and examples for a difference near 0.02.
-    "confirm": replace(
-        SMALL,
-        arms=(("ffba", 128), ("lora", 8), ("lora", 32)),
-        seeds=(3, 4, 5, 6, 7),
-        test={"arithmetic": 200, "lexical": 700, "dialogue": 100},
-        rounds=60,
-    ),
+    "confirm": CONFIRM,
+    # Whether the outcome depends on where training stops. Tuned anew: what trains for longer wants other rates.
+    "longer": replace(CONFIRM, arms=(("ffba", 128), ("lora", 32)), rates=(7.5e-4, 1.5e-3), scales=(2.0,), steps=120),
     # Where a branch writes, at equal parameters: within 1 % of a LoRA of rank 8. The first is what the others have to beat.
     "placement": replace(SMALL, arms=(("ffba", 28), ("next", 16), ("carried", 13)), seeds=(0, 1, 2, 3, 4), test={}),
     "full": Frontier(
@@ -93,7 +97,11 @@ PRESETS = {
         scales=(0.25, 0.5, 2.0, 4.0),
         seeds=(0, 1, 2, 3, 4),
         steps=300,
-        **_examples_and_machine(AT_ONE_BUDGET["full"]) | {"test": {"arithmetic": 1000, "lexical": 750, "dialogue": 500}},
+        **_examples_and_machine(AT_ONE_BUDGET["full"])
+        | {
+            "batch": AT_ONE_BUDGET["full"].batch | {"lexical": 8},  # there are 2,660 words to train on
+            "test": {"arithmetic": 1000, "lexical": 750, "dialogue": 500},
+        },
     ),
 }
 
