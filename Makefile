@@ -101,8 +101,8 @@ accuracy: $(VENV)/installed-accuracy $(BASE)
 	$(BIN)/python benchmarks/readme_tables.py
 
 # Accuracy against latency at several ranks, FFBA and LoRA, and which to take: trains, scores, times, and draws. Under 60 minutes on two cores;
-# `PRESET=confirm` for its best again with other seeds, `PRESET=placement` for branches in other places, `PRESET=full` on a GPU. Kept in
-# build/frontier as above.
+# `PRESET=confirm` for its best again with other seeds, `PRESET=longer` for that with more steps, `PRESET=placement` for branches in other places,
+# `PRESET=full` on a GPU. Kept in build/frontier as above.
 frontier: $(VENV)/installed-accuracy $(BASE)
 	$(BIN)/python -m benchmarks.accuracy.frontier --base $(BASE) --preset $(PRESET)
 	$(BIN)/python benchmarks/readme_tables.py

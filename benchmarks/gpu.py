@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -107,8 +107,12 @@ class Report:
             failed = {"passed": False} if section == "parity" else {}
             self.add(section, **where, error=f"{type(error).__name__}: {error}"[:600], **failed)
             gc.collect()
-            with suppress(RuntimeError):  # a broken CUDA context says so at every call
-                torch.cuda.empty_cache()
+            if torch.cuda.is_initialized():
+                try:
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+                except RuntimeError as broken:  # at every call from now on: another process may go on, this one cannot
+                    raise SystemExit(f"the CUDA context is broken: {broken}") from broken
 
     def exit_code(self) -> int:
         checks = self.content["parity"]
@@ -253,10 +257,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
+    def among(known: Collection[str]) -> Callable[[str], list[str]]:
+        def names(text: str) -> list[str]:
+            if unknown := [name for name in text.split(",") if name not in known]:
+                raise argparse.ArgumentTypeError(f"{', '.join(unknown)} unknown; there are {', '.join(known)}")
+            return text.split(",")
+
+        return names
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--shapes", type=lambda text: text.split(","), default=["llama-3.2-1b", "llama-3.2-3b"], help=", ".join(SHAPES))
-    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bf16", "fp16"], help=", ".join(DTYPES))
+    parser.add_argument("--shapes", type=among(SHAPES), default=["llama-3.2-1b", "llama-3.2-3b"], help=", ".join(SHAPES))
+    parser.add_argument("--dtypes", type=among(DTYPES), default=["bf16", "fp16"], help=", ".join(DTYPES))
     parser.add_argument("--tiny", dest="shapes", action="store_const", const=["tiny"], help="a shape for tests")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rank", type=int, default=32)

@@ -324,21 +324,52 @@ def test_the_whole_evidence_comes_in_calls_that_go_on(tmp_path: Path) -> None:
     assert on_gpu(tmp_path, "10", "more").returncode == 2
 
 
-def missing(python: str, path: str = os.environ["PATH"]) -> set[str]:
+def test_what_cannot_run_is_said_and_is_no_success(tmp_path: Path) -> None:
+    driver = driver_in(tmp_path / "bin")
+    artifacts = on_gpu(tmp_path / "results", PARTS="artifacts", PATH=driver)
+    assert artifacts.returncode == 3 and artifacts.stderr.startswith("artifacts: onnxruntime-gpu==")
+    ended = on_gpu(tmp_path / "results", DTYPES="fp33")
+    assert ended.returncode == 3 and "gpu.py ended before" in ended.stderr
+
+
+def test_kept_runs_travel_without_their_adapters(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for kept in ("frontier/run/record.json", "frontier/adapters/run/adapter_model.safetensors"):
+        (first / kept).parent.mkdir(parents=True)
+        (first / kept).write_text("{}")
+    assert on_gpu(first, PARTS="none").returncode == 0
+    second.mkdir()
+    (first / "runs.tar.gz").rename(second / "runs.tar.gz")
+    assert on_gpu(second, PARTS="none").returncode == 0
+    assert [path.relative_to(second).as_posix() for path in second.rglob("*.*")] == ["runs.tar.gz", "frontier/run/record.json"]
+
+
+def driver_in(directory: Path) -> str:
+    """A PATH on which there is an NVIDIA driver."""
+    directory.mkdir()
+    (directory / "nvidia-smi").write_text("")
+    (directory / "nvidia-smi").chmod(0o755)
+    return f"{directory}{os.pathsep}{os.environ['PATH']}"
+
+
+def missing(python: str = sys.executable, **environment: str) -> set[str]:
     """Names of packages."""
     command = [str(BENCHMARKS / "on_gpu.sh"), "--missing"]
-    printed = subprocess.run(command, env=os.environ | {"PYTHON": python, "PATH": path}, capture_output=True, text=True, check=True).stdout
+    own = {"PYTHON": python} | environment
+    printed = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=True).stdout
     return {re.split("[=~<>]", line)[0] for line in printed.splitlines()} - {""}
 
 
 def test_what_a_machine_lacks_is_named_as_it_is_locked(tmp_path: Path) -> None:
-    assert missing(sys.executable) <= {"onnxruntime-gpu"}  # that, if this machine has a GPU
-    driver = tmp_path / "nvidia-smi"
-    driver.write_text("")
-    driver.chmod(0o755)
-    with_driver = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    assert missing(sys.executable, with_driver) == {"onnxruntime-gpu"}
-    assert {"torch", "onnxruntime-gpu", "peft", "mobius-onnx"} <= missing(f"{sys.executable} -S", with_driver)
+    of_gpu = {"onnxruntime-gpu"}  # if this machine has one
+    assert missing() <= of_gpu
+    driver = driver_in(tmp_path / "bin")
+    assert missing(PATH=driver) == of_gpu
+    assert {"torch", "onnxruntime-gpu", "peft", "mobius-onnx"} <= missing(f"{sys.executable} -S", PATH=driver)
+    old = tmp_path / "onnx_ir-1.0.0.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: onnx-ir\nVersion: 1.0.0\n")
+    assert missing(PYTHONPATH=str(tmp_path)) - of_gpu == {"onnx-ir"}
 
 
 def test_what_the_benchmarks_import_is_among_it() -> None:

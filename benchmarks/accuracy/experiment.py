@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.latency import latency
-from benchmarks.accuracy.methods import METHODS, budget_of
+from benchmarks.accuracy.methods import METHODS, budget_of, fitted
 from benchmarks.accuracy.presets import Preset
-from benchmarks.accuracy.runs import ADAPTERS, Run, run_all
+from benchmarks.accuracy.runs import Run, loss, run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Fit
 
@@ -54,14 +54,9 @@ def experiment(preset: Preset, methods: Sequence[str], base: Path, work: Path) -
         for seed in (preset.seeds if cell in rates else preset.seeds[:1])  # the base is the same for every seed
     ]
     runs = run_all(finals, base, work, preset.workers, preset.threads)
-    first_task = next(iter(TASKS))
-    adapters = {
-        method: work / ADAPTERS / fit(method, first_task, rates[(method, first_task)], preset.seeds[0]).name
-        for method in methods
-        if METHODS[method].fuses
-    }
+    fused = {method: fitted(METHODS[method], base, budget)[0] for method in methods if METHODS[method].fuses}
     threads = min(os.cpu_count() or 1, preset.workers * preset.threads)
-    return result | {"runs": runs, "latency": latency(adapters, base, work, preset.rounds, threads)}
+    return result | {"runs": runs, "latency": latency(fused, base, work, preset.rounds, threads)}
 
 
 def best_rates(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -77,5 +72,5 @@ def validation_losses(sweep: Sequence[dict[str, Any]]) -> dict[tuple[str, str], 
     losses: dict[tuple[str, str], dict[float, list[float]]] = {}
     for record in sweep:
         fit = record["fit"]
-        losses.setdefault((fit["method"], fit["task"]), {}).setdefault(fit["learning_rate"], []).append(record["validation_loss"])
+        losses.setdefault((fit["method"], fit["task"]), {}).setdefault(fit["learning_rate"], []).append(loss(record))
     return losses

@@ -31,7 +31,7 @@ from benchmarks.accuracy.frontier_report import markdown, plot, summarise, valid
 from benchmarks.accuracy.kept import claim, differing, elsewhere
 from benchmarks.accuracy.presets import PRESETS as AT_ONE_BUDGET
 from benchmarks.accuracy.presets import Preset
-from benchmarks.accuracy.runs import Run, keep, run_all
+from benchmarks.accuracy.runs import Run, keep, loss, run_all
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.training import Fit
 from flora_export.errors import FloraExportError
@@ -101,6 +101,7 @@ PRESETS = {
         | {
             "batch": AT_ONE_BUDGET["full"].batch | {"lexical": 8},  # there are 2,660 words to train on
             "test": {"arithmetic": 1000, "lexical": 750, "dialogue": 500},
+            "rounds": 60,
         },
     ),
 }
@@ -208,7 +209,7 @@ def _lowest(records: Sequence[dict[str, Any]]) -> dict[tuple[Arm, str], tuple[fl
     for record in records:
         fit = record["fit"]
         cell = (fit["method"], fit["rank"]), fit["task"]
-        if cell not in best or record["validation_loss"] < best[cell]["validation_loss"]:
+        if cell not in best or loss(record) < loss(best[cell]):
             best[cell] = record
     return {cell: (record["fit"]["learning_rate"], record["fit"]["scale"]) for cell, record in best.items()}
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.latency import silent
+from benchmarks.accuracy.latency import random_adapter, silent
 from benchmarks.accuracy.methods import METHODS
 from flora_export.artifact import Artifact
 from flora_export.base_model import BaseModel, load_base
 from flora_export.bench import BenchOptions, measure
 from flora_export.methods import load_checkpoint
 from flora_export.pipeline import BuildOptions, build
+from flora_export.scratch import Scratch
 from flora_export.verify.build_arms import FUSED, LORA, Built, build_arm
 from flora_export.verify.latency import BASE
 
@@ -40,12 +40,14 @@ def latency(arms: Sequence[tuple[str, int]], base: Path, work: Path, rounds: int
 
 
 def _measured(arms: Sequence[tuple[str, int]], base: BaseModel, precision: str, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="flora-export-frontier-") as name:
+    with Scratch("flora-export-frontier-") as name:
         work = Path(name)
         built: dict[str, Built] = {}
         for index, (method, rank) in enumerate(arms):
             place = work / str(index)
-            adapter = _random("ffba" if METHODS[method].merges else method, rank, base, place / "adapter")
+            config = METHODS["ffba" if METHODS[method].merges else method].config  # a LoRA's arm takes no more than its rank from it
+            assert config is not None
+            adapter = random_adapter(config(rank, rank, 1.0), base.path, place / "adapter")
             checkpoint = load_checkpoint(adapter, base)
             if index == 0 or not METHODS[method].merges:
                 artifact: Artifact
@@ -55,19 +57,3 @@ def _measured(arms: Sequence[tuple[str, int]], base: BaseModel, precision: str, 
             arm = LORA if METHODS[method].merges else FUSED
             built[f"{method} {rank}"] = build_arm(arm, artifact, base, checkpoint, place / "arm")
         yield from measure(built, None, BenchOptions(rounds=rounds, threads=threads), threads, base.vocabulary, silent)
-
-
-def _random(method: str, rank: int, base: BaseModel, directory: Path) -> Path:
-    """An FFBA adapter of random numbers, as PEFT writes it. A LoRA's arm takes no more than its rank from it."""
-    import peft
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = METHODS[method].config
-    assert config is not None
-    settings = config(rank, rank, 1.0)
-    settings.init_ffba_weights = False
-    settings.base_model_name_or_path = str(base.path)
-    torch.manual_seed(0)
-    peft.get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path)), settings).save_pretrained(directory)
-    return directory

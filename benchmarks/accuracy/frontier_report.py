@@ -12,6 +12,7 @@ from scipy import stats
 
 from benchmarks.accuracy.analysis import Scores, contrast, pareto, score_matrix, summary
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.runs import loss
 from benchmarks.accuracy.tasks import TASKS
 
 METRICS = {"tpot": "decode step", "ttft": "prefill"}
@@ -50,7 +51,7 @@ def _scores(records: Sequence[Mapping[str, Any]]) -> list[Scores]:
 def _arm(name: str, records: Sequence[Mapping[str, Any]], latency: Mapping[str, Any]) -> dict[str, Any]:
     method, _, rank = name.partition(" ")
     tasks = dict(zip(TASKS, map(summary, _scores(records)), strict=True))
-    losses = [float(np.mean([r["validation_loss"] for r in records if r["fit"]["task"] == task])) for task in TASKS]
+    losses = [float(np.mean([loss(r) for r in records if r["fit"]["task"] == task])) for task in TASKS]
     cost = {
         precision: {
             metric: next([row["ratio_to_base"], *row["ratio_interval"]] for row in rows if (row["metric"], row["arm"]) == (metric, name))

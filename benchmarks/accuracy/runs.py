@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -105,6 +106,12 @@ def keep(run: Run, record: dict[str, Any], work: Path) -> None:
     unfinished.mkdir(parents=True)
     (unfinished / RECORD).write_text(json.dumps(record))
     unfinished.rename(place)
+
+
+def loss(record: dict[str, Any]) -> float:
+    """A run's loss on validation; infinite where training diverged, so that it is nobody's best."""
+    value = float(record["validation_loss"])
+    return value if math.isfinite(value) else math.inf
 
 
 def _brief(record: dict[str, Any]) -> str:
