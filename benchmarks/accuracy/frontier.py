@@ -83,8 +83,8 @@ CONFIRM = replace(
 PRESETS = {
     "small": SMALL,
     "confirm": CONFIRM,
-    # Whether the outcome depends on where training stops. Tuned anew: what trains for longer wants other rates.
-    "longer": replace(CONFIRM, arms=(("ffba", 128), ("lora", 32)), rates=(7.5e-4, 1.5e-3), scales=(2.0,), steps=120),
+    # Whether the outcome depends on where training stops. What trains for longer may want another rate; alpha is each method's own.
+    "longer": replace(CONFIRM, arms=(("ffba", 128), ("lora", 32)), rates=(7.5e-4, 1.5e-3), scales=(), steps=120, seeds=(3, 4, 5)),
     # Where a branch writes, at equal parameters: within 1 % of a LoRA of rank 8. The first is what the others have to beat.
     "placement": replace(SMALL, arms=(("ffba", 28), ("next", 16), ("carried", 13)), seeds=(0, 1, 2, 3, 4), test={}),
     "full": Frontier(
