@@ -118,7 +118,7 @@ train: $(BASE)
 # One environment: what the demo needs, and beside it, for other targets, the extras that pyproject.toml explains. In any order, each once.
 EXTRAS_demo := cpu examples
 EXTRAS_serve := cpu triton
-EXTRAS_fleet := cpu triton fleet
+EXTRAS_fleet := cpu fleet
 EXTRAS_bench := cpu tensorrt-rtx genai
 EXTRAS_accuracy := cpu accuracy report
 EXTRAS_test := cpu tensorrt-rtx openvino qnn genai triton fleet trust report accuracy examples dev

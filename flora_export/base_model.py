@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,8 @@ MIN_CONTEXT = 32  # tokens: verification needs a prompt and 16 steps
 LARGE = 2 * 2**30  # bytes of weights in fp32, beyond which a verification maps them from their files
 MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file: of the largest models, all files together have as much
-LONGEST_NAME = 4096  # of a directory, as the system has it
+LONGEST_NAME = 256  # of a hub repository
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")  # a branch, a tag or a commit: it becomes a path in the hub's cache
 BESIDE = (".json", ".jinja", ".model", ".txt")  # ends of the names of what stands beside the weights
 TOKENIZERS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")  # how those of a tokenizer begin
 # What is fetched of a hub repository: weights as safetensors, configuration and tokenizer. Never pickles, never code.
@@ -112,14 +114,12 @@ def load_base(name: str) -> BaseModel:
     """Find the base model and check what can be checked without reading its weights.
 
     Args:
-        name: a directory, or the name of a hub repository that is cached or can be downloaded.
+        name: a directory, or a hub repository that is cached or can be downloaded, as `owner/name` or `owner/name@revision`.
 
     Raises:
         CheckpointError: no such directory or repository, no safetensors weights, or a broken file; the message says which.
     """
-    path = Path(name).expanduser() if len(name) < LONGEST_NAME else Path()
-    if not name or len(name) >= LONGEST_NAME or not path.is_dir():
-        path = _from_hub(name)
+    path = directory_of(name) or _from_hub(name)
     config = read_json(path / "config.json", "base model configuration")
     for key in ("hidden_size", "num_hidden_layers"):
         if not isinstance(config.get(key), int) or config[key] < 1:
@@ -146,6 +146,15 @@ def load_base(name: str) -> BaseModel:
         base = _unpack(base)
     _check_sizes(base)
     return base
+
+
+def directory_of(name: str) -> Path | None:
+    """The directory that a base model's name stands for, if there is one."""
+    try:
+        path = Path(name).expanduser() if name else None
+        return path if path is not None and path.is_dir() else None
+    except (OSError, RuntimeError):  # longer than a name can be; a user that is not there
+        return None
 
 
 def _check_beside(path: Path) -> None:
@@ -183,13 +192,18 @@ def _unpack(base: BaseModel) -> BaseModel:
 
 
 def _from_hub(name: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or len(name) >= LONGEST_NAME:
-        raise CheckpointError(f"base model {name[:200]!r}: no such directory, and not a hub name of the form owner/name. Pass --base DIR.")
+    repository, at, revision = name.partition("@")
+    sound = not at or (REVISION.fullmatch(revision) and ".." not in revision)
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1 or len(repository) >= LONGEST_NAME or not sound:
+        raise CheckpointError(
+            f"base model {name[:200]!r}: no such directory, and not a hub name of the form owner/name or owner/name@revision. "
+            "Pass --base DIR."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"base model {name!r}: no such directory, not in the local hub cache, and the hub could not deliver it "

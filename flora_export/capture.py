@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import Any
 import onnx_ir as ir
 
 from flora_export.bank import ADAPTER_IDS
-from flora_export.base_model import BaseModel
+from flora_export.base_model import BESIDE, BaseModel
 from flora_export.capture_constants import mend_embedding_scale
 from flora_export.errors import BackendError, CheckpointError
 from flora_export.rotary import longrope_context, rotary_tables
+from flora_export.scratch import Scratch
 
 # The forms in which a base model is captured, and the precisions of each: precision -> mobius dtype. `cpu` and `cuda` hold what ONNX
 # Runtime's provider of that name can run (the CPU provider has no bfloat16 MatMul). The others hold operators of the ONNX standard alone:
@@ -54,14 +56,11 @@ class Capture:
         from mobius.integrations.ort_genai.auto_export import write_ort_genai_config
 
         try:
-            with _quiet():
-                write_ort_genai_config(
-                    self.package,
-                    str(directory),
-                    ep=provider,
-                    context_length=base.context,
-                    local_config_dir=str(base.path),
-                )
+            with _quiet(), Scratch("flora-export-tokenizer-") as plain:
+                for file in base.path.iterdir():
+                    if file.suffix in BESIDE and file.is_file():
+                        shutil.copyfile(file, Path(plain) / file.name)  # mobius keeps permissions, and writes into what it has copied
+                write_ort_genai_config(self.package, str(directory), ep=provider, context_length=base.context, local_config_dir=plain)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"base model {base.name}: its configuration and tokenizer make no genai_config.json ({type(error).__name__}: {error})"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from flora_export.bank import Bank
+from flora_export.base_model import file_sha256
 from flora_export.branch import Branch, Detour
 from flora_export.change import Doubles, WeightChange
 from flora_export.errors import CheckpointError
@@ -40,6 +41,15 @@ class Checkpoint:
     def digest(self) -> str:
         """One SHA-256 over the files of the adapter."""
         return digest_of_files(self.digests)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError where a file is no longer the one that was checked: what was read of it since is of nobody knows which."""
+        for name, digest in self.digests.items():
+            index, _, file = name.rpartition("/")
+            if file in (CONFIG, WEIGHTS):
+                path = (self.parts[int(index)][0] if index else self.path) / file
+                if not path.is_file() or file_sha256(path) != digest:
+                    raise CheckpointError(f"{path} has changed while it was built from. Build from a copy that nobody writes to.")
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """forecast(): what a build would refuse, write and take, before the weights of its base model are read in full.
 
 What is refused is known exactly: all is done that a build does, up to the fused graph, whose weights are read when they are written. Bytes,
-memory and seconds are those of the same build with one layer and with three, on this machine, and the straight line through both: every
-phase of a build is a constant and a share for each layer. Other work on the machine can make the smaller build take longer than the larger
-one; a layer's share is no less than what its work takes with all processors at once.
+memory and seconds are those of the same build with one layer and with three, on this machine (with more, where the adapters of a bank have
+none in common), and the straight line through both: every phase of a build is a constant and a share for each layer. Other work on the
+machine can make the smaller build take longer than the larger one; a layer's share is no less than what its work takes with all processors
+at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,10 +27,11 @@ from flora_export import base_model
 from flora_export.artifact import check_free
 from flora_export.backends import Progress
 from flora_export.base_model import BaseModel
-from flora_export.errors import BackendError, FloraExportError, VerificationError
+from flora_export.errors import BackendError, CheckpointError, FloraExportError, FusionError, VerificationError
 from flora_export.pipeline import BuildOptions, build, prepare
 from flora_export.scratch import Scratch
-from flora_export.shortened import shorten_adapter, shorten_base
+from flora_export.shortened import layers_to_keep, shorten_adapter, shorten_base
+from flora_export.trust.signature import signing_with
 
 FEWER = (1, 3)  # layers of a calibration
 _SPAWN = multiprocessing.get_context("spawn")
@@ -102,19 +104,23 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
         FloraExportError: the build would raise it, before it read the weights; or a build with fewer layers has failed.
     """
     output = output.absolute()
+    if options.sign is not None:
+        signing_with(options.sign)
     check_free(output, options.force)
     prepared = prepare(ckpt, base_name, options, progress)
     base = prepared.base
     if base.packed is not None:
         raise FloraExportError("--dry-run knows no cost of a base model that is quantized already: it is unpacked first, as a whole")
-    fewer = sorted({min(layers, base.layers) for layers in FEWER})
+    ckpts = [path for path, _ in options.weighted] or ([ckpt] if options.bank is None else [path for _, path in options.bank.members])
+    order, least = layers_to_keep(ckpts, base.layers)
+    fewer = sorted({min(layers + least - 1, base.layers) for layers in FEWER})
     calibration: dict[int, Cost] = {}
     with Scratch("flora-export-forecast-") as name:
         # The first of all finds files that are cold, which tells beside a small base: there it does not count.
         builds = fewer if base.is_large else [fewer[0], *fewer]
         for number, layers in enumerate(builds):
             progress("building with fewer layers", number, len(builds))
-            calibration[layers] = _cost(Path(name) / str(number), base, layers, ckpt, options)
+            calibration[layers] = _cost(Path(name) / str(number), base, order[:layers], ckpt, options)
     first, last = fewer[0], fewer[-1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cost = calibration[first].line(calibration[last], (base.layers - first) / max(1, last - first), cores)
@@ -122,8 +128,8 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
     return Forecast(cost, base.layers, calibration, list(_causes(cost, output, base.fp32_bytes if read_back else 0)))
 
 
-def _cost(place: Path, base: BaseModel, layers: int, ckpt: Path, options: BuildOptions) -> Cost:
-    """Build with so many layers, in a process of its own; what was written goes again. Raises FloraExportError."""
+def _cost(place: Path, base: BaseModel, layers: Sequence[int], ckpt: Path, options: BuildOptions) -> Cost:
+    """Build with these layers alone, in a process of its own; what was written goes again. Raises FloraExportError."""
     place.mkdir()
     short: dict[Path, Path] = {}
 
@@ -147,6 +153,10 @@ def _cost(place: Path, base: BaseModel, layers: int, ckpt: Path, options: BuildO
         large = 0 if base.is_large else sys.maxsize
         seconds, processors, phases = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
         return Cost(seconds, processors, sum(file.stat().st_size for file in (place / "out").iterdir()), phases)
+    except (CheckpointError, FusionError) as error:  # of a pattern, say, that names layers by their numbers
+        raise FloraExportError(
+            f"nothing is refused, but what it takes is not known, for with fewer layers it is another adapter: {error}"
+        ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -212,6 +222,8 @@ def _entry(table: Path, key: str) -> int:
 def _causes(cost: Cost, output: Path, temporary: int) -> Iterator[str]:
     """Why a build would not be possible here, which writes so many bytes to the system's temporary directory."""
     place = next(each for each in output.parents if each.exists())
+    if not os.access(place, os.W_OK):
+        yield f"{place} may not be written to: choose another --output"
     if (free := shutil.disk_usage(place).free) < cost.disk:
         yield f"{place} has room for {free / 2**30:.2f} GiB: make some, or choose another --output"
     home = tempfile.gettempdir()

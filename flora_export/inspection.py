@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flora_export.base_model import load_base
+from flora_export.base_model import directory_of, load_base
 from flora_export.branch import Branch
 from flora_export.change import WeightChange
 from flora_export.errors import CheckpointError
-from flora_export.methods import load_checkpoint, read_config, read_header
+from flora_export.methods import load_checkpoint, named_base, read_config, read_header
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ def inspect(path: Path, base_name: str | None) -> Inspection:
     """
     config = read_config(path)
     header = read_header(path)
-    name = base_name or config.get("base_model_name_or_path")
+    name = base_name or named_base(config)
     found = Inspection(
         str(path),
         str(config["peft_type"]),
-        name if isinstance(name, str) else None,
+        name,
         len(header),
         sum(math.prod(shape) for _, shape in header.values()),
         dict(Counter(dtype for dtype, _ in header.values())),
     )
-    if found.base is None or (base_name is None and not Path(found.base).expanduser().is_dir()):
+    if found.base is None or (base_name is None and not directory_of(found.base)):
         return dataclasses.replace(found, unchecked=f"{found.base or 'it names none'} is no directory here. Pass --base DIR.")
     try:
         base = load_base(found.base)

@@ -130,6 +130,7 @@ def build(ckpt: Path, base_name: str | None, output: Path, options: BuildOptions
             artifact = seal(directory, artifact.manifest, partial(statement, parameters=options.parameters))
         progress("checking the ledger", 0, 1)
         ledger = check_ledger(artifact, checkpoint, base)
+        checkpoint.check_unchanged()
         report = dataclasses.replace(report, ledger=ledger) if report is not None else Report(ledger)
         if report.numerics is not None and report.numerics.causes and checkpoint.bank is None:
             report.first_divergence = first_divergence(artifact, base, checkpoint, progress)

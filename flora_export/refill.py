@@ -83,6 +83,7 @@ def _refill(
             write_golden(sorted([*others, *own], key=lambda each: each.slot or 0), directory)
             artifact = seal(directory, artifact.manifest)
         report.ledger = check_ledger(artifact, gathered({slot: (name, adapter)}, bank.layout, bank.slots))
+        adapter.check_unchanged()
         if open_artifact(path).manifest != old.manifest:  # by a build, which takes no lock
             raise ArtifactError(f"{path} has changed while {name!r} was put into it, and would lose that: do it again")
         if report.causes:

@@ -1,13 +1,13 @@
 """A base model and its adapters with fewer layers: what a calibration builds, and what costs a known part of the whole.
 
 Layers stand in the names of tensors as their first number, `model.layers.3.mlp.experts.0.up_proj.weight`, for adapters as for their bases.
+Those that are kept get the numbers from 0 on, in their order.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +18,87 @@ from safetensors.torch import load_file, save_file
 from flora_export.artifact import link_or_copy
 from flora_export.base_model import BESIDE, INDEX, BaseModel, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS
+from flora_export.methods import read_header
 from flora_export.shards import DTYPES, Planned, write_shards
 
 CHOSEN = "layers_to_transform"  # PEFT's setting whose numbers are layers; those of others are tokens
 
 
-def shorten_base(base: BaseModel, layers: int, directory: Path) -> None:
-    """Write the first layers of a base model, and all that is not of a layer, as a base model of its own."""
+def layers_to_keep(ckpts: Sequence[Path], layers: int) -> tuple[list[int], int]:
+    """All layers of a base model in the order in which a calibration wants them, and how many of these it needs at least.
+
+    First one of each adapter, or it would do nothing; then the others that have one, so that few layers stand for what most are.
+    """
+    own = [{number for name in read_header(ckpt) if (number := _layer(name)) is not None and number < layers} for ckpt in ckpts]
+    first: dict[int, None] = {}
+    for each in own:
+        if each and each.isdisjoint(first):
+            first[min(each)] = None
+    order = dict.fromkeys([*first, *sorted(set().union(*own)), *range(layers)])
+    return list(order), max(1, len(first))
+
+
+def shorten_base(base: BaseModel, kept: Sequence[int], directory: Path) -> None:
+    """Write some layers of a base model, and all that is not of a layer, as a base model of its own."""
     directory.mkdir()
     for file in base.path.iterdir():
         if file.suffix in BESIDE and file.is_file() and file.name not in ("config.json", INDEX):
             link_or_copy(file.resolve(), directory / file.name)
-    config = {key: value[:layers] if isinstance(value, list) and len(value) == base.layers else value for key, value in base.config.items()}
-    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=1), encoding="utf-8")
-    write_shards(directory, [_planned(base, name) for name in base.tensors if _is_there(name, layers)])
+    places = _places(kept)
+    config = {
+        key: [value[layer] for layer in places] if isinstance(value, list) and len(value) == base.layers else value
+        for key, value in base.config.items()
+    }
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": len(places)}, indent=1), encoding="utf-8")
+    write_shards(directory, [_planned(base, name, new) for name in base.tensors if (new := _renamed(name, places)) is not None])
 
 
-def _planned(base: BaseModel, name: str) -> Planned:
+def _planned(base: BaseModel, name: str, new: str) -> Planned:
     with safe_open(base.tensors[name], framework="numpy") as file:
         dtype = np.dtype(DTYPES[file.get_slice(name).get_dtype()])
-    return Planned(name, dtype, base.shapes[name], lambda: base.read(name))
+    return Planned(new, dtype, base.shapes[name], lambda: base.read(name))
 
 
-def shorten_adapter(ckpt: Path, layers: int, directory: Path) -> None:
-    """Write what an adapter does to the first layers, and to what is not of a layer, as an adapter of its own."""
-    shutil.copytree(ckpt, directory, ignore=lambda _, names: [name for name in names if name not in (CONFIG, WEIGHTS)])
-    config = read_json(ckpt / CONFIG, "adapter configuration")
-    config = {key: _without(value, layers) for key, value in config.items()}
-    if isinstance(chosen := config.get(CHOSEN), list):
-        config[CHOSEN] = [layer for layer in chosen if layer < layers]
+def shorten_adapter(ckpt: Path, kept: Sequence[int], directory: Path) -> None:
+    """Write what an adapter does to some layers, and to what is not of a layer, as an adapter of its own."""
+    directory.mkdir()
+    places = _places(kept)
+    config = {key: _within(value, places) for key, value in read_json(ckpt / CONFIG, "adapter configuration").items()}
+    if isinstance(chosen := config.get(CHOSEN), int):
+        config[CHOSEN] = places.get(chosen, chosen)
+    if isinstance(chosen, list):
+        config[CHOSEN] = [places[layer] for layer in chosen if layer in places]
     (directory / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    tensors = {name: tensor for name, tensor in load_file(ckpt / WEIGHTS).items() if _is_there(name, layers)}
+    tensors = {new: tensor for name, tensor in load_file(ckpt / WEIGHTS).items() if (new := _renamed(name, places)) is not None}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def _without(value: Any, layers: int) -> Any:
-    """A setting, without the names of modules in layers that are gone, in a list or as the keys of a pattern."""
+def _places(kept: Sequence[int]) -> dict[int, int]:
+    """Each layer that is kept, in their order, with its new number."""
+    return {layer: place for place, layer in enumerate(sorted(kept))}
+
+
+def _within(value: Any, places: Mapping[int, int]) -> Any:
+    """A setting. Names of modules in it, in a list or as keys of a pattern, are as they are now; those of layers that are gone are gone."""
     if isinstance(value, Mapping):
-        return {key: each for key, each in value.items() if _is_there(key, layers)}
+        return {new: each for key, each in value.items() if (new := _renamed(key, places)) is not None}
     if isinstance(value, list):
-        return [each for each in value if not isinstance(each, str) or _is_there(each, layers)]
+        renamed = [_renamed(each, places) if isinstance(each, str) else each for each in value]
+        return [new for each, new in zip(value, renamed, strict=True) if new is not None or each is None]
     return value
 
 
-def _is_there(name: str, layers: int) -> bool:
-    number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-    return number is None or number < layers
+def _layer(name: str) -> int | None:
+    """The number of the layer that a tensor or a module is of."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _renamed(name: str, places: Mapping[int, int]) -> str | None:
+    """A name with its layer's new number; None where the layer is gone."""
+    layer, parts = _layer(name), name.split(".")
+    if layer is None:
+        return name
+    if layer not in places:
+        return None
+    at = next(place for place, part in enumerate(parts) if part.isdecimal())
+    return ".".join([*parts[:at], str(places[layer]), *parts[at + 1 :]])

@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flora_export.artifact import MANIFEST, open_artifact, staged, writing
-from flora_export.errors import ArtifactError, BackendError, FloraExportError
+from flora_export.errors import ArtifactError, BackendError, CheckpointError, FloraExportError
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
+from tests.families import make_adapter
 
 
 def listing(path: Path) -> dict[str, bytes]:
@@ -202,3 +204,28 @@ def test_opening(built: Path, tmp_path: Path) -> None:
         (tmp_path / MANIFEST).write_text(json.dumps(content))
         with pytest.raises(ArtifactError, match="it is incomplete"):
             open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_adapter_that_changes_while_it_is_built_is_refused(verify: bool, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """What is written and what it is compared with would both be of the new file, and the manifest's SHA-256 of the old."""
+    copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+    def train(what: str, *_: int) -> None:
+        if what == "fusing":
+            weights = {name: 1.5 * tensor for name, tensor in load_file(copy / "adapter_model.safetensors").items()}
+            save_file(weights, copy / "adapter_model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has changed while it was built from"):
+        build(copy, str(base), tmp_path / "out", BuildOptions(verify=verify), train)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_base_model_that_may_not_be_written_to(tiny_smollm2: Path, tmp_path: Path) -> None:
+    """Of what is copied from it nothing keeps its permissions, or nobody but root could go on with it."""
+    copy = Path(shutil.copytree(tiny_smollm2, tmp_path / "base"))
+    for file in copy.iterdir():
+        file.chmod(0o400)
+    adapter = make_adapter(copy, tmp_path / "adapter")
+    artifact, _ = build(adapter, str(copy), tmp_path / "out", BuildOptions(verify=False), silent)
+    assert {oct(file.stat().st_mode & 0o644) for file in artifact.path.iterdir()} == {oct(0o644)}

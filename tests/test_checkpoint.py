@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from flora_export.base_model import load_base
 from flora_export.checkpoint import Checkpoint
 from flora_export.errors import CheckpointError
-from flora_export.methods import load_checkpoint
+from flora_export.methods import load_base_of, load_checkpoint
 from tests.families import LAYERS, WIDTH, make_adapter
 
 KEY = "base_model.model.model.layers.0.mlp.ffba_A.weight"
@@ -219,6 +219,9 @@ def test_bases(base: Path, tmp_path: Path) -> None:
         load_base("/nowhere/at/all")
     with pytest.raises(CheckpointError, match=r"not in the local hub cache.*--base DIR"):
         load_base("nobody/nothing")
+    for name in ("~nobody-of-that-name/model", "a" * 300, "nobody/nothing@", "nobody/nothing@../../x", "nobody/nothing@-x"):
+        with pytest.raises(CheckpointError, match="no such directory, and not a hub name"):
+            load_base(name)
     copy = Path(shutil.copytree(base, tmp_path / "base"))
     file = copy / "model.safetensors"
     data = file.read_bytes()
@@ -252,3 +255,24 @@ def test_bases(base: Path, tmp_path: Path) -> None:
     (copy / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has both model\.safetensors and"):
         load_base(str(copy))
+
+
+def test_the_base_of_an_adapter_is_at_the_revision_that_it_names(base: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT loads it: another revision is another model."""
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    edit_config(copy, base_model_name_or_path="owner/model", revision="refs/pr/1")
+    assert load_base_of(copy, None).name == "owner/model@refs/pr/1"
+    edit_config(copy, revision=None)
+    assert load_base_of(copy, None).name == load_base_of(copy, "owner/model").name == "owner/model"
+    assert asked == [("owner/model", "refs/pr/1"), ("owner/model", None), ("owner/model", None)]
+    edit_config(copy, base_model_name_or_path=str(base), revision="main")
+    assert load_base_of(copy, None).path == base
+    edit_config(copy, base_model_name_or_path="owner/model", revision="../..")
+    with pytest.raises(CheckpointError, match="owner/name@revision"):
+        load_base_of(copy, None)

@@ -117,6 +117,18 @@ def test_a_plan_names_its_jobs(place: Path) -> None:
     assert plan.jobs[0].options == {"backend": "hf", "merge": False}
     assert read_plan(place / "plan.yaml", place / "other").jobs[0].output == place / "other/one/cpu"
     assert read_plan(write(place, changed(base="owner/model"))).base == "owner/model"
+    (place / "a/.cache").mkdir()  # of a download, or of a build that runs there
+    assert {job.adapter for job in read_plan(write(place, changed(adapters=["a/*"]))).jobs} == {"one", "two"}
+
+
+def test_a_plan_may_merge_mappings(place: Path) -> None:
+    lines = [f"{key}: {json.dumps(value)}" for key, value in GOOD.items() if key != "targets"]
+    lines.append("targets: {one: &one {backend: hf, merge: false}, two: {<<: *one, merge: true}}")
+    plan = read_plan(write(place, "\n".join(lines)))
+    assert {job.target: job.options for job in plan.jobs} == {
+        "one": {"backend": "hf", "merge": False},
+        "two": {"backend": "hf", "merge": True},
+    }
 
 
 @pytest.mark.parametrize(("codes", "expected"), [([0, 0], 0), ([0, 3], 3), ([3, 2, 0], 2), ([2, 3, 1], 1)])
@@ -297,6 +309,9 @@ def test_what_has_changed_is_done_again_and_nothing_else(monkeypatch: pytest.Mon
     shutil.copyfile(tmp_path / "repos/one/decoder/1/manifest.json", tmp_path / f"repos/two/decoder/{version}/manifest.json")  # another's
     assert did() == ["publish two/serve"]
     assert did() == []
+    damaged = tmp_path / "repos/two/decoder" / str(live(tmp_path / "repos/two")["decoder"]) / "manifest.json"
+    damaged.write_text("{")
+    assert did() == ["publish two/serve"]
     shutil.rmtree(tmp_path / "repos/two")
     assert did() == ["publish two/serve"]
     out = tmp_path / "out"

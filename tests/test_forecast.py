@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from flora_export.cli import main
 from flora_export.forecast import Cost
 from flora_export.methods import load_checkpoint
 from flora_export.pipeline import BuildOptions, build
-from flora_export.shortened import shorten_adapter, shorten_base
+from flora_export.shortened import layers_to_keep, shorten_adapter, shorten_base
 from tests.conftest import silent
 from tests.families import FAMILIES, SHAPE, make_adapter, make_lora
 
@@ -64,6 +65,7 @@ def test_the_bytes_are_those_of_the_build(deep: Path, adapter: Path, tmp_path: P
     [
         (make_adapter, {"rank_pattern": {"layers.4.mlp": 24, "layers.0.mlp": 8}}),
         (make_adapter, {"layers_to_transform": [0, 2, 5]}),
+        (make_adapter, {"layers_to_transform": 5}),
         (make_lora, {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.5.self_attn.q_proj", "up_proj"]}),
         (make_lora, {"target_modules": ["up_proj"], "trainable_token_indices": [1, 40, 77]}),
         (make_lora, {"use_dora": True, "modules_to_save": ["lm_head"], "alpha_pattern": {"layers.3.mlp.up_proj": 2}}),
@@ -73,22 +75,50 @@ def test_a_shortened_adapter_does_what_it_did_to_the_layers_that_are_there(
     make: Callable[..., Path], config: dict[str, Any], deep: Path, tmp_path: Path
 ) -> None:
     whole = load_checkpoint(make(deep, tmp_path / "whole", **config), load_base(str(deep)))
-    shorten_base(load_base(str(deep)), 3, tmp_path / "base")
-    shorten_adapter(tmp_path / "whole", 3, tmp_path / "short")
+    layers = (5, 1, 4)
+    shorten_base(load_base(str(deep)), layers, tmp_path / "base")
+    shorten_adapter(tmp_path / "whole", layers, tmp_path / "short")
     short = load_checkpoint(tmp_path / "short", load_base(str(tmp_path / "base")))
-    gone = tuple(f"layers.{layer}." for layer in range(3, LAYERS))
-    assert short.branches == tuple(branch for branch in whole.branches if not any(name in f"{branch.block}." for name in gone))
+
+    def before(name: str) -> str:
+        """A name as it is in the whole."""
+        return re.sub(r"(?<=layers\.)\d+", lambda number: str(sorted(layers)[int(number[0])]), name)
+
+    gone = tuple(f"layers.{layer}." for layer in set(range(LAYERS)) - set(layers))
+    own = [branch for branch in whole.branches if not any(name in f"{branch.block}." for name in gone)]
+    assert [(before(branch.block), branch.rank, branch.scale) for branch in short.branches] == [(b.block, b.rank, b.scale) for b in own]
     kept = [change for change in whole.changes if not any(name in change.tensor for name in gone)]
-    assert [(change.tensor, change.rank, change.scale) for change in short.changes] == [(c.tensor, c.rank, c.scale) for c in kept]
-    assert 0 < len(short.branches) + len(short.changes) < len(whole.branches) + len(whole.changes)
+    assert [(before(change.tensor), change.rank, change.scale) for change in short.changes] == [(c.tensor, c.rank, c.scale) for c in kept]
+    assert 0 < len(short.branches) + len(short.changes) <= len(whole.branches) + len(whole.changes)
     for name in short.tensors:
-        assert (short.tensor(name) == whole.tensor(name)).all()
+        assert (short.tensor(name) == whole.tensor(before(name))).all()
+
+
+@pytest.mark.parametrize("layers", [[4], [1, 3], 5])
+def test_an_adapter_on_late_layers_has_its_forecast(layers: list[int] | int, deep: Path, tmp_path: Path) -> None:
+    late = make_adapter(deep, tmp_path / "late", layers_to_transform=layers)
+    code, told, error = dry_run(late, deep, tmp_path / "out", "--no-verify")
+    assert (code, told.get("possible")) == (0, True), error
+
+
+def test_a_bank_has_a_layer_of_each_of_its_adapters(deep: Path, tmp_path: Path) -> None:
+    members = [make_adapter(deep, tmp_path / str(layer), layers_to_transform=[layer]) for layer in (2, 0, 5)]
+    assert layers_to_keep(members, LAYERS) == ([2, 0, 5, 1, 3, 4], 3)
+    assert layers_to_keep(members[:1], LAYERS) == ([2, 0, 1, 3, 4, 5], 1)
+    code, told, error = dry_run(members[0], deep, tmp_path / "out", members[1], members[2], "--no-verify")
+    assert (code, list(told["calibration"])) == (0, ["3", "5"]), error
+
+
+def test_what_cannot_be_shortened_is_not_said_to_be_refused(deep: Path, tmp_path: Path) -> None:
+    pattern = make_adapter(deep, tmp_path / "pattern", target_modules=r".*\.layers\.4\.mlp")
+    code, told, _ = dry_run(pattern, deep, tmp_path / "out", "--no-verify")
+    assert code == 2 and "nothing is refused, but what it takes is not known" in told["message"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_shortened(family: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = load_base(str(bases(family)))
-    shorten_base(base, 1, tmp_path / "base")
+    shorten_base(base, [0], tmp_path / "base")
     short = load_base(str(tmp_path / "base"))
     assert short.layers == 1 and short.tied == base.tied
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -122,7 +152,7 @@ def test_a_repository_is_no_artifact(deep: Path, adapter: Path, tmp_path: Path) 
 
 def test_a_machine_that_is_too_small_is_exit_code_3(deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {1: Cost(2.0, 2.0, 2**50, {"head": 2**41, "layers": 0}), 3: Cost(3.0, 3.0, 2**50, {"head": 2**41, "layers": 2**41})}
-    monkeypatch.setattr(forecast, "_cost", lambda place, base, layers, *_: costs[layers])
+    monkeypatch.setattr(forecast, "_cost", lambda place, base, layers, *_: costs[len(layers)])
     code, told, _ = dry_run(adapter, deep, tmp_path / "no" / "such" / "out")
     assert code == 3 and not told["possible"]
     assert told["cost"]["seconds"] == 4.5  # the line through both, at six layers

@@ -77,9 +77,14 @@ def test_what_no_schema_says() -> None:
     server = pod["spec"]["containers"][0]
     probes = [server[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
     front = (FOLDER.parents[1] / "04_triton" / "nginx.conf").read_text()  # the probes go through it, to the server behind
-    (let_through,) = re.findall(r"location ~ (\S+) \{", front)
-    assert all(probe["port"] == named["http"] and re.fullmatch(let_through, probe["path"]) for probe in probes)
+    let_through = dict(re.findall(r"location ~ (\S+) \{([^}]*)\}", front))
+    for probe in probes:
+        assert probe["port"] == named["http"]
+        (settings,) = [settings for path, settings in let_through.items() if re.fullmatch(path, probe["path"])]
+        assert "limit_conn" not in settings  # however many wait for answers, the server is not dead
     assert f"listen 127.0.0.1:{named['http']}" in front
     assert "server 127.0.0.1:8000" in front
     assert all(word in server["args"][0] for word in ("ulimit -s 262144", "--disable-auto-complete-config", "--http-address=127.0.0.1"))
+    grace = int(re.findall(r"--exit-timeout-secs=(\d+)", server["args"][0])[0])
+    assert 60 < grace < pod["spec"]["terminationGracePeriodSeconds"]
     assert job["spec"]["entrypoint"].startswith("flora-export fleet /models/plan.yaml --address auto")

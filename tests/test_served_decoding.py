@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from flora_export.artifact import Artifact
 from flora_export.backends.onnxruntime import Decoder as Plain
 from flora_export.backends.triton.program import decoding
 from flora_export.backends.triton.program.decoding import Decoder, Row
+from flora_export.backends.triton.program.generation import AnswerText
 from flora_export.backends.triton.program.sampling import Sampler
 from flora_export.pipeline import BuildOptions, build
 from tests.conftest import silent
@@ -173,3 +175,16 @@ def test_seeds_and_greed() -> None:
     assert len({sampler.choose(logits) for _ in range(50)}) > 10
     assert Sampler(0.0, 0, 1.0, -1).choose(logits) == logits.argmax()
     assert Sampler(1e-3, 0, 1.0, 5).choose(np.array([0.0, 3e4, -3e4], np.float32)) == 1  # no overflow
+
+
+def test_bytes_that_are_no_character_end_no_answer() -> None:
+    """A tokenizer that falls back on bytes can be asked for any, and a sampler asks."""
+    vocabulary = {"<0xEC>": 0, "<0x84>": 1, "<0xAC>": 2, "<0xE1>": 3, "a": 4, "b": 5, "?": 6}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="?", byte_fallback=True))
+    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    answer = AnswerText(tokenizer)
+    assert [answer.push(token) for token in (0, 1, 2)] == ["", "", "섬"]
+    assert "".join(answer.push(token) for token in (3, 4, 5)).endswith("ab")
+    assert answer.rest() == ""
+    assert answer.push(3) == ""
+    assert answer.rest() == "\ufffd"

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from flora_export.artifact import ENGINE, Artifact
 from flora_export.backends.tensorrt import read_gemms
+from flora_export.backends.tensorrt.cache import store
 from flora_export.backends.tensorrt.plan import EngineOptions, parse_ranges, read_options
 from flora_export.backends.tensorrt.stacks import OPEN
 from flora_export.bank import COLUMNS, LAYOUTS
@@ -138,6 +139,9 @@ def test_an_equal_build_takes_the_engine_from_the_cache(base: Path, adapter: Pat
     third, _ = build_for(base, adapter, tmp_path / "three", "fp16", cache=True)
     assert (third.path / ENGINE).stat().st_size > 100_000
     assert json.loads((entry / "layers.json").read_text())["layers"].startswith(head["layers"][:7])
+    store(entry.name, b"", (entry / "layers.json").read_text())  # as a base model to compare with, whose engine nobody runs
+    fourth, _ = build_for(base, adapter, tmp_path / "four", "fp16", cache=True)
+    assert (fourth.path / ENGINE).stat().st_size > 100_000
 
 
 def test_int4(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import queue
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -346,6 +348,23 @@ def test_the_recipe_keeps_out_what_would_end_the_server(server: Server, proxy: P
     assert raw_post(server.http, json.dumps({"text_input": QUESTION, "max_tokens": 8}))[1]["text_output"] == expected(
         artifacts[0], QUESTION, 8
     )
+
+
+def test_the_recipe_answers_for_its_health_while_all_places_are_taken(proxy: Proxy) -> None:
+    host, _, port = proxy.http.partition(":")
+    head = b"POST /v2/models/generate/generate HTTP/1.1\r\nHost: generate\r\nContent-Length: 1000\r\n\r\n{"
+    with contextlib.ExitStack() as stack:
+        for _ in range(256):  # a place each, once its head has come
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=60)).sendall(head)
+        wait_until(lambda: raw_post(proxy.http, "{}")[0] == 503)
+        with urllib.request.urlopen(f"http://{proxy.http}/v2/health/live", timeout=60) as answer:
+            assert answer.status == 200
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
 
 
 def test_an_answer_ends_with_the_context(server: Server) -> None:

@@ -26,7 +26,11 @@ NO_MEMORY = ("bad_alloc", "allocate memory", "Failed to allocate", "out of memor
 LONGEST_LINE = 2000  # characters of an error
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
-base_option = click.option("--base", metavar="DIR", help="Base model: a directory or hub name. Without it, the one that the adapter names.")
+base_option = click.option(
+    "--base",
+    metavar="DIR",
+    help="Base model: a directory or hub name, owner/name or owner/name@revision. Without it, the one that the adapter names.",
+)
 vacuous_option = click.option(
     "--allow-vacuous", is_flag=True, help="Accept an adapter with no effect of its own, such as an untrained one."
 )

@@ -14,7 +14,10 @@ from flora_export.cli.common import DIRECTORY, base_option, json_option, print_j
 @base_option
 @json_option
 def inspect(ckpt: Path, base: str | None, as_json: bool) -> None:
-    """Say what the adapter CKPT is and what a build would do with it, or why it is refused. The base model is not loaded."""
+    """Say what the adapter CKPT is and what a build would do with it, or why it is refused.
+
+    The base model is not loaded; one that is quantized is unpacked.
+    """
 
     def run() -> int:
         from flora_export.inspection import inspect as look

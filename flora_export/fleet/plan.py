@@ -92,7 +92,7 @@ def _load(file: Path) -> Any:
         pass
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
+        keys = [loader.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
         if twice:
             raise _Wrong(f"{_shown(twice[0])} is given twice")
@@ -172,7 +172,9 @@ def _path(home: Path, text: str) -> Path:
 def _glob(home: Path, pattern: str) -> list[Path]:
     try:
         path = Path(pattern).expanduser()
-        return list(Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else home.glob(pattern))
+        found = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else home.glob(pattern)
+        hidden = {part for part in (*home.parts, *path.parts) if part.startswith(".")}
+        return [each for each in found if not any(part.startswith(".") and part not in hidden for part in each.parts)]
     except (ValueError, NotImplementedError, RuntimeError) as error:  # the last, a user that is not there
         raise _Wrong(f"adapters: {_shown(pattern)} is no glob ({error})") from error
 

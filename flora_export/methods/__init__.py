@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 
-from flora_export.base_model import BaseModel, check_safetensors, file_sha256, load_base, read_json
+from flora_export.base_model import BaseModel, check_safetensors, directory_of, file_sha256, load_base, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from flora_export.errors import CheckpointError
 from flora_export.methods.bank import gathered
@@ -63,10 +63,18 @@ def load_sources(
 
 def load_base_of(ckpt: Path, base_name: str | None) -> BaseModel:
     """The base model by its name, or without one the base model that an adapter names. Raises CheckpointError."""
-    name = base_name or read_config(ckpt).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
+    name = base_name or named_base(read_config(ckpt))
+    if name is None:
         raise CheckpointError(f"{ckpt}: the adapter names no base model. Pass --base DIR.")
     return load_base(name)
+
+
+def named_base(config: Mapping[str, Any]) -> str | None:
+    """The base model that an adapter's configuration names; from the hub at the revision that it was trained on, if it says one."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        return None
+    return name if directory_of(name) or revision is None else f"{name}@{revision}"
 
 
 def load_bank(

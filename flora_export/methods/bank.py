@@ -66,8 +66,12 @@ def named(paths: Sequence[Path], names: Sequence[str]) -> tuple[tuple[str, Path]
     chosen = list(names) or [re.sub(r"[^A-Za-z0-9._-]", "-", path.resolve().name).lstrip("._-")[:64] for path in paths]
     if len(chosen) != len(paths):
         raise FloraExportError(f"{len(chosen)} names ({', '.join(chosen)}) for {len(paths)} adapters: give --name once for each, in order")
-    for name in chosen:
-        if chosen.count(checked_name(name)) > 1:
+    for name, path in zip(chosen, paths, strict=True):
+        try:
+            checked_name(name)
+        except FloraExportError as error:
+            raise FloraExportError(f"{path}: {error}. Name it with --name, once for each adapter, in order.") from error
+        if chosen.count(name) > 1:
             raise FloraExportError(f"two adapters have the name {name!r}: give each its own with --name, in order")
     return tuple(zip(chosen, paths, strict=True))
 

@@ -211,7 +211,7 @@ def _compile(
         gpu = "" if recipe.flavour.name == "rtx" else machine_gpu()
         key = cache.cache_key(directory / MODEL, directory / DATA, recipe.facts() | {"gpu": gpu})
     known = cache.load(key) if key else None
-    if known is None:
+    if known is None or (keep_engine and not known[0]):  # a base model's, of which the layers alone were kept
         with opened(directory, manifest) as (graph, inputs):
             known = build_engine(recipe.flavour, graph, inputs, recipe.profiles, recipe.capabilities, options)
         if key:

@@ -169,7 +169,10 @@ def check(repo: Path) -> list[str]:
         if version not in versions(repo, model):
             faults.append(f"{model}/{CONFIG} names version {version}, which is not there")
         else:
-            faults += config_faults(repo / model, open_artifact(repo / model / str(version)).manifest)
+            try:
+                faults += config_faults(repo / model, open_artifact(repo / model / str(version)).manifest)
+            except ArtifactError as error:
+                faults.append(str(error))
     for version in sorted(set(serving.values()) & set(versions(repo, DECODER))):
         faults += version_faults(repo, version)
     return list(dict.fromkeys(faults))
@@ -182,7 +185,11 @@ def version_faults(repo: Path, version: int) -> list[str]:
         directory = repo / model / str(version)
         if directory.is_dir():
             text = (directory / CONFIG).read_text(encoding="utf-8") if (directory / CONFIG).is_file() else ""
-            artifact = open_artifact(directory)
+            try:
+                artifact = open_artifact(directory)
+            except ArtifactError as error:
+                faults.append(str(error))
+                continue
             faults += config_faults(repo / model, artifact.manifest, text)
             faults += [f"{model}/{version}/{fault}" for fault in changed_files(artifact)]
             if model == GENERATE:

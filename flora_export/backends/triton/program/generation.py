@@ -193,14 +193,23 @@ class AnswerText:
     """Tokens to text, one at a time. Half a character waits for its other half."""
 
     def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._begin()
+
+    def _begin(self) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._decoder, self._stream = decoder, DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._stream, self._tokens, self._shown = DecodeStream(skip_special_tokens=True), list[int](), 0
 
     def push(self, token: int) -> str:
         """The text that a token completes."""
+        try:
+            return self._step(token)
+        except Exception:  # bytes that are no character: with them, what was shown reads as something else, which the library refuses
+            self._begin()
+            return "\ufffd" + self._step(token)
+
+    def _step(self, token: int) -> str:
         self._tokens.append(token)
         text: str = self._stream.step(self._decoder, token) or ""
         self._shown += len(text)
