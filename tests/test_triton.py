@@ -205,9 +205,9 @@ def test_a_publisher_that_is_interrupted_changes_nothing(artifact: Artifact, rep
 def test_the_next_version_is_served_as_the_one_before(artifact: Artifact, sources: tuple[Path, Path], tmp_path: Path) -> None:
     """Limits that protect a server do not go with a version; an option that is given changes one of them."""
     repo = tmp_path / "repo"
-    limits = ("--max-tokens", 64, "--max-queue", 9, "--threads", 2, "--no-check-files")
+    limits = ("--max-tokens", 64, "--max-prompt", 500, "--max-queue", 9, "--threads", 2, "--no-check-files")
     assert run("triton", *limits, artifact.path, repo).exit_code == 0
-    expected = Serving(max_tokens=64, max_queue=9, threads=2, check_files=False)
+    expected = Serving(max_tokens=64, max_prompt=500, max_queue=9, threads=2, check_files=False)
     assert read_serving(repo) == expected
     assert run("triton", "--max-queue", 8, artifact.path, repo).exit_code == 0
     expected = dataclasses.replace(expected, max_queue=8)
@@ -558,7 +558,7 @@ def test_limits_of_a_prompt(model: Model) -> None:
         [{"role": "a" * (most + 1), "content": ""}],
         [{"role": "user", "content": ""}] * (model.context + 1),
     ):
-        with pytest.raises(RequestError, match="characters is too long for a context"):
+        with pytest.raises(RequestError, match="characters is too long for"):
             model.encode(None, messages, Settings())
     plain, model._tokenizer.chat_template = model._tokenizer.chat_template, "{{ 'what ' * 10000000 }}"
     try:
@@ -566,6 +566,14 @@ def test_limits_of_a_prompt(model: Model) -> None:
             model.encode("what?", None, Settings())
     finally:
         model._tokenizer.chat_template = plain
+
+
+def test_a_prompt_may_have_the_tokens_that_the_server_allows(artifact: Artifact, model: Model) -> None:
+    plain = Settings(chat=False)
+    tokens = model.encode("what is an answer?", None, plain)
+    assert Model(artifact.path, 1, len(tokens)).encode("what is an answer?", None, plain) == tokens
+    with pytest.raises(RequestError, match=f"has {len(tokens)} tokens, but may have {len(tokens) - 1}: shorten it"):
+        Model(artifact.path, 1, len(tokens) - 1).encode("what is an answer?", None, plain)
 
 
 def test_half_characters_are_refused(model: Model) -> None:

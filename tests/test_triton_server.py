@@ -275,7 +275,7 @@ BAD_GENERATE: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "a", "top_k": -3}, "top_k is -3"),
     ({"text_input": "a", "stop": [""]}, "stop is"),
     ({"text_input": "what " * 3000}, "but the context holds 2048"),
-    ({"text_input": "a" * 200_000}, "characters is too long for a context of 2048 tokens"),
+    ({"text_input": "a" * 200_000}, "characters is too long for 2048 tokens"),
     ({"text_input": "", "chat": False}, "the prompt is empty"),
     ({"messages": "nonsense"}, "messages is not JSON"),
     ({"messages": '[{"role": "user"}]'}, "messages must be a list"),

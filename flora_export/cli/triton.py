@@ -27,6 +27,7 @@ KEPT = "as REPO is served; at first {}"
 )
 @click.option("--max-queue", type=click.IntRange(min=1), show_default=KEPT.format(256), help="Requests that wait; more are refused.")
 @click.option("--max-tokens", type=click.IntRange(min=0), show_default=KEPT.format(0), help="Most a request may ask for; 0: the context's.")
+@click.option("--max-prompt", type=click.IntRange(min=0), show_default=KEPT.format(0), help="Most tokens of a prompt; 0: the context's.")
 @click.option(
     "--check-files/--no-check-files",
     default=None,

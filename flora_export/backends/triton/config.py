@@ -60,6 +60,7 @@ class Serving:
     max_queue: int = 256
     check_files: bool = True  # against the manifest, whenever `generate` is loaded
     max_tokens: int = 0  # that a request may ask for; 0: what the context leaves
+    max_prompt: int = 0  # tokens of its prompt; 0: what the context takes
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def generate_config(manifest: Manifest, version: int, serving: Serving, warmup: 
     lines.append(_parameter("threads", serving.threads))
     lines.append(_parameter("check_files", "true" if serving.check_files else "false"))
     lines.append(_parameter("max_tokens", serving.max_tokens))
+    lines.append(_parameter("max_prompt", serving.max_prompt))
     lines += [_parameter(f"{HASH}{name}", value) for name, value in program.items()]
     lines.append(_warmup(warmup, {name: kind for name, kind, *_ in inputs}))
     return "\n".join(lines) + "\n"
@@ -197,7 +199,8 @@ def read_serving(repo: Path) -> Serving:
             known["concurrent"] = int(parameters["concurrent_requests"].string_value)
             known["threads"] = int(parameters["threads"].string_value)
             known["check_files"] = parameters["check_files"].string_value == "true"
-            known["max_tokens"] = int(parameters["max_tokens"].string_value) if "max_tokens" in parameters else 0
+            for limit in ("max_tokens", "max_prompt"):  # versions of before they were have none
+                known[limit] = int(parameters[limit].string_value) if limit in parameters else 0
         return Serving(
             instances=decoder.instance_group[0].count,
             max_batch=decoder.max_batch_size,

@@ -123,14 +123,15 @@ class StopText:
 class Model:
     """An artifact: its decoder, and prompts to tokens."""
 
-    def __init__(self, directory: Path, threads: int = 0) -> None:
-        """Load it. `threads` of one operator; 0 leaves it to ONNX Runtime."""
+    def __init__(self, directory: Path, threads: int = 0, most_prompt: int = 0) -> None:
+        """Load it. `threads` of one operator; 0 leaves it to ONNX Runtime. `most_prompt` tokens of a prompt; 0: what the context takes."""
         import tokenizers
         import transformers
 
         config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context: int = config["context_length"]
-        self.most_characters = CHARACTERS_PER_TOKEN * self.context
+        self.most_prompt = most_prompt or self.context
+        self.most_characters = CHARACTERS_PER_TOKEN * self.most_prompt
         ends = config["eos_token_id"]
         self.ends = set(ends if isinstance(ends, list) else [ends])
         bank = json.loads((directory / "manifest.json").read_text(encoding="utf-8")).get("bank")
@@ -143,7 +144,7 @@ class Model:
         self.has_template = bool(self._tokenizer.chat_template)
 
     def encode(self, text: str | None, messages: Sequence[Mapping[str, str]] | None, settings: Settings) -> list[int]:
-        """The prompt of a request as token ids. Raises RequestError where it is empty, or leaves no room in the context."""
+        """The prompt of a request as token ids. Raises RequestError where it is empty, too long, or leaves no room in the context."""
         if messages is not None and not self.has_template:
             raise RequestError("messages were given, but this model has no chat template: give text_input")
         if messages is None and settings.chat and self.has_template:
@@ -164,6 +165,8 @@ class Model:
             raise RequestError("the prompt is empty")
         if len(tokens) >= self.context:
             raise RequestError(f"the prompt has {len(tokens)} tokens, but the context holds {self.context} with the answer: shorten it")
+        if len(tokens) > self.most_prompt:
+            raise RequestError(f"the prompt has {len(tokens)} tokens, but may have {self.most_prompt}: shorten it")
         return tokens
 
     def check_adapter(self, settings: Settings) -> None:
@@ -177,7 +180,7 @@ class Model:
 
     def _limit(self, size: int) -> None:
         if size > self.most_characters:
-            raise RequestError(f"a prompt of {size} characters is too long for a context of {self.context} tokens")
+            raise RequestError(f"a prompt of {size} characters is too long for {self.most_prompt} tokens")
 
     def row(self, prompt: list[int], settings: Settings) -> Row:
         """Where a request stands in the decoder; the context may leave it fewer tokens than it asks for."""

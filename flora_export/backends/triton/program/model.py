@@ -28,7 +28,7 @@ class TritonPythonModel:
             faults = _changed_files(version)
             if faults:
                 raise pb_utils.TritonModelException(f"{version} is damaged: {'; '.join(faults)}. Publish the artifact again.")
-        self.model = Model(version, int(given["threads"]))
+        self.model = Model(version, int(given["threads"]), int(given["max_prompt"]))
         self.scheduler = Scheduler(self.model.decoder, int(given["concurrent_requests"]))
         self.most_tokens = int(given["max_tokens"])
         self.counters = Counters({"model": args["model_name"], "version": args["model_version"]})
