@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flora_export.artifact import Artifact, changed_files, open_artifact
 from flora_export.backends import PUBLISHED, backend_of
-from flora_export.backends.triton.config import DECODER, GENERATE, Serving, read_serving
+from flora_export.backends.triton.config import DECODER, GENERATE, Serving, parse, read_serving
 from flora_export.backends.triton.program.decoding import Logits, Row
 from flora_export.backends.triton.program.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
@@ -108,6 +108,7 @@ def build_and_publish(ckpt: Path, base_name: str | None, repo: Path, options: Bu
         raise ArtifactError(f"{repo} exists already. Pass --force to publish a new version there, beside those that it has.")
     if not options.verify:
         raise ArtifactError("--no-verify records no golden vectors, and without them no version goes live. Build and verify, then publish.")
+    parse("")  # what publishing needs is asked for before the work
     repo.parent.mkdir(parents=True, exist_ok=True)
     with Scratch(f".{repo.name}.artifact-", repo.parent) as scratch:
         artifact, report = build(

@@ -195,6 +195,17 @@ def test_without_golden_vectors_nothing_goes_live(sources: tuple[Path, Path], tm
     assert not (tmp_path / "repo").exists()
 
 
+def test_what_publishing_needs_is_asked_for_before_the_build(
+    sources: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    monkeypatch.setattr("flora_export.publish.build", None)
+    without = run("build", sources[1], "--base", sources[0], "--backend", "triton", "--output", tmp_path / "repo")
+    assert without.exit_code == 3
+    assert "pip install 'flora-export[triton]'" in without.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_publisher_that_is_interrupted_changes_nothing(artifact: Artifact, repo: Path) -> None:
     before = snapshot(repo)
     with pytest.raises(KeyboardInterrupt), staged_version(artifact, repo, Serving()):

@@ -42,8 +42,11 @@ def do(task: Task) -> Outcome:
 
 
 def _build(job: Job) -> Outcome:
+    from flora_export.backends.triton.config import parse
     from flora_export.pipeline import BuildOptions, build
 
+    if job.repository is not None:
+        parse("")  # what publishing needs is asked for before the work
     artifact, report = build(job.checkpoint, job.base, job.output, BuildOptions(**job.options, force=True), _silent)
     numerics, files = report.numerics, artifact.manifest.files.values()
     cases = [] if numerics is None else numerics.cases
