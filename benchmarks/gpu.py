@@ -111,7 +111,7 @@ class Report:
                 try:
                     torch.cuda.synchronize()
                     torch.cuda.empty_cache()
-                except RuntimeError as broken:  # at every call from now on: another process may go on, this one cannot
+                except RuntimeError as broken:  # it is, at every call from now on
                     raise SystemExit(f"the CUDA context is broken: {broken}") from broken
 
     def exit_code(self) -> int:

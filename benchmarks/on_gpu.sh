@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What a machine with a CUDA GPU has to show, in calls of ten minutes: each does what fits, and the next goes on where it stopped.
 #
-#     benchmarks/on_gpu.sh RESULTS [SECONDS]     # 570 seconds, unless told; again, until it exits with 0
+#     benchmarks/on_gpu.sh RESULTS [SECONDS]     # 570 seconds, unless told; again, while it exits with 75
 #     benchmarks/on_gpu.sh --missing             # packages to stage as wheels (missing.py): no network is needed then
 #
-# PARTS chooses among: latency (gpu.py, one file for each of DTYPES), artifacts (built for CUDA and verified there), accuracy and frontier (of
-# PRESET, full); all but the first need models/smollm2, which is made if it is not there. What accuracy and frontier keep is in
-# RESULTS/runs.tar.gz as well: with that file alone, another machine of the same kind goes on.
-# Exit codes: 0 all is in RESULTS, 75 call again, 1 a parity check or a verification failed, 2 wrong use, 3 a part could not run; why, is said.
+# PARTS chooses among: latency (gpu.py, one file for each of DTYPES), artifacts (built for CUDA and verified there), accuracy and
+# frontier (of PRESET, full); all but the first need models/smollm2, which is made if it is not there. What accuracy and frontier keep is
+# in RESULTS/runs.tar.gz as well: with that file alone, another machine of the same kind goes on.
+# Exit codes: 0 all is in RESULTS, 75 call again, 1 a parity check or a verification failed, 2 wrong use, 3 a part could not run, and why.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -41,13 +41,15 @@ ready() {
 	[[ -d $base ]] || $python examples/00_get_smollm2.py $base >&2 || { cannot "$1" "$base is not there"; return 1; }
 }
 
-[[ -f $results/runs.tar.gz && ! -d $results/accuracy && ! -d $results/frontier ]] && tar -C "$results" -xzf "$results/runs.tar.gz"
+if [[ -f $results/runs.tar.gz && ! -d $results/accuracy && ! -d $results/frontier ]]; then
+	tar -C "$results" -xzf "$results/runs.tar.gz" || { rm -rf "$results/accuracy" "$results/frontier"; exit 3; }
+fi
 pack() {
 	local kept=$(cd "$results" && ls -d accuracy frontier 2>/dev/null)
-	[[ -z $kept ]] || { tar -C "$results" --exclude=adapters -czf "$results/runs.part" $kept && mv "$results/runs.part" "$results/runs.tar.gz"; }
+	[[ -n $kept ]] && tar -C "$results" --exclude=adapters -czf "$results/runs.part" $kept && mv "$results/runs.part" "$results/runs.tar.gz"
 }
 trap pack EXIT
-missing=$($python benchmarks/missing.py)
+missing=$($python benchmarks/missing.py) && missing_on_cpu=$($python benchmarks/missing.py --cpu) || exit 3
 
 [[ $parts == *" latency "* ]] && for dtype in ${DTYPES:-bf16 fp16}; do
 	file=$results/gpu-$dtype.json
@@ -78,7 +80,7 @@ done
 
 compare() { # PART MODULE
 	local file=$results/$1-${PRESET:=full}.json
-	if [[ ! -s $file ]] && ready "$1" "$(grep -v ^onnxruntime-gpu <<<"$missing")"; then
+	if [[ ! -s $file ]] && ready "$1" "$missing_on_cpu"; then
 		need 60
 		timeout $((end - SECONDS)) $python -m "$2" --base $base --preset "$PRESET" --work "$results/$1" --output "$results"
 		local code=$?

@@ -30,7 +30,7 @@ LARGE = 2 * 2**30  # bytes of weights in fp32, beyond which a verification maps 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file: of the largest models, all files together have as much
 LONGEST_NAME = 256  # of a hub repository
-REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")  # a branch, a tag or a commit: it becomes a path in the hub's cache
+REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,199}")  # a branch, a tag or a commit: it becomes a path in the hub's cache
 BESIDE = (".json", ".jinja", ".model", ".txt")  # ends of the names of what stands beside the weights
 TOKENIZERS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")  # how those of a tokenizer begin
 # What is fetched of a hub repository: weights as safetensors, configuration and tokenizer. Never pickles, never code.
@@ -193,12 +193,13 @@ def _unpack(base: BaseModel) -> BaseModel:
 
 def _from_hub(name: str) -> Path:
     repository, at, revision = name.partition("@")
-    sound = not at or (REVISION.fullmatch(revision) and ".." not in revision)
-    if name.startswith((".", "/", "~")) or repository.count("/") != 1 or len(repository) >= LONGEST_NAME or not sound:
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1 or len(repository) >= LONGEST_NAME:
         raise CheckpointError(
             f"base model {name[:200]!r}: no such directory, and not a hub name of the form owner/name or owner/name@revision. "
             "Pass --base DIR."
         )
+    if at and (not REVISION.fullmatch(revision) or ".." in revision):
+        raise CheckpointError(f"base model {repository}: {revision[:200]!r} is no revision: a branch, a tag or a commit. Pass --base DIR.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

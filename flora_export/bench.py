@@ -21,6 +21,7 @@ from flora_export.backends import backend_of
 from flora_export.base_model import BaseModel, load_base
 from flora_export.errors import ArtifactError, FloraExportError
 from flora_export.manifest import Manifest
+from flora_export.methods import named_base
 from flora_export.scratch import Scratch
 from flora_export.verify.arms import Arm, EagerArm, OnnxArm
 from flora_export.verify.build_arms import ARMS, BANK, BANK_ARMS, EAGER, FUSED, Built, build_arm, random_checkpoint
@@ -91,7 +92,7 @@ def bench(out: Path, base_name: str | None, options: BenchOptions, progress: Pro
     """
     artifact = _with_adapter(open_artifact(out))
     manifest, arms, threads = artifact.manifest, _arms(options, artifact.manifest), options.threads or os.cpu_count() or 1
-    base = load_base(base_name or str(manifest.base["name"]))
+    base = load_base(base_name or named_base(manifest.checkpoint["config"]) or str(manifest.base["name"]))
     backend_of(artifact).timed(artifact, threads)  # what is wrong with it shows before anything is built
     _check(artifact, base, options)
     with Scratch("flora-export-bench-") as work, ExitStack() as stack:

@@ -112,7 +112,7 @@ def forecast(ckpt: Path, base_name: str | None, output: Path, options: BuildOpti
     if base.packed is not None:
         raise FloraExportError("--dry-run knows no cost of a base model that is quantized already: it is unpacked first, as a whole")
     ckpts = [path for path, _ in options.weighted] or ([ckpt] if options.bank is None else [path for _, path in options.bank.members])
-    order, least = layers_to_keep(ckpts, base.layers)
+    order, least = layers_to_keep(ckpts, base)
     fewer = sorted({min(layers + least - 1, base.layers) for layers in FEWER})
     calibration: dict[int, Cost] = {}
     with Scratch("flora-export-forecast-") as name:
@@ -136,7 +136,7 @@ def _cost(place: Path, base: BaseModel, layers: Sequence[int], ckpt: Path, optio
     def adapter(path: Path) -> Path:
         if path not in short:
             short[path] = place / f"adapter{len(short)}"
-            shorten_adapter(path, layers, short[path])
+            shorten_adapter(path, base, layers, short[path])
         return short[path]
 
     try:
@@ -153,10 +153,8 @@ def _cost(place: Path, base: BaseModel, layers: Sequence[int], ckpt: Path, optio
         large = 0 if base.is_large else sys.maxsize
         seconds, processors, phases = _measured(adapter(ckpt), str(place / "base"), place / "out", options, large)
         return Cost(seconds, processors, sum(file.stat().st_size for file in (place / "out").iterdir()), phases)
-    except (CheckpointError, FusionError) as error:  # of a pattern, say, that names layers by their numbers
-        raise FloraExportError(
-            f"nothing is refused, but what it takes is not known, for with fewer layers it is another adapter: {error}"
-        ) from error
+    except (CheckpointError, FusionError) as error:  # by what comes with the numbers, or a pattern that names layers
+        raise FloraExportError(f"what it takes is not known, for a build with fewer of its layers is refused: {error}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

@@ -12,6 +12,7 @@ from flora_export.backends.triton.config import DECODER, GENERATE, Serving, pars
 from flora_export.backends.triton.program.decoding import Logits, Row
 from flora_export.backends.triton.program.generation import Model, Settings
 from flora_export.backends.triton.repository import live, make_live, staged_version
+from flora_export.backends.triton.version import WARMUP
 from flora_export.base_model import read_json
 from flora_export.errors import ArtifactError, VerificationError
 from flora_export.generate import encode, end_tokens
@@ -70,7 +71,7 @@ def publish(artifact: Artifact, repo: Path, serving: Serving, progress: Progress
             faults = replay(staged.artifact, backend_of(artifact).decode(staged.artifact))
         if not faults and GENERATE in staged.models:
             progress("answering golden prompts as `generate` does", 0, 1)
-            faults = generation_faults(staged.artifact)
+            faults = generation_faults(staged.artifact, serving.max_prompt)
         if faults:
             raise VerificationError("\n  ".join([f"the version does not go live in {repo}:", *faults]), {"causes": faults})
     return Published(staged.version, staged.former, staged.models)
@@ -128,14 +129,16 @@ def roll_back(repo: Path, to: int | None) -> Published:
     return Published(version, former, tuple(live(repo)))
 
 
-def generation_faults(artifact: Artifact) -> list[str]:
+def generation_faults(artifact: Artifact, most_prompt: int = 0) -> list[str]:
     """Whether the artifact answers golden prompts as `generate` runs it, all of them together, and ends its answers where it should."""
     try:
         encode(load_tokenizer(artifact.path), PROMPTS, chat=True)  # a template that does not end must not go live
         served = Model(artifact.path)
-        served.encode(PROMPTS[0], None, Settings())
+        first = len(served.encode(WARMUP, None, Settings()))
     except Exception as error:  # ONNX Runtime and transformers have no types of their own for what they refuse
         return [f"the model and the tokenizer do not load for `generate`: {error}"]
+    if 0 < most_prompt < first:
+        return [f"--max-prompt is {most_prompt}, but the first request, by which the server tries `generate`, has {first} tokens"]
     ends = end_tokens(artifact, read_json(artifact.path / "config.json", "model configuration"))
     if served.ends != ends:
         return [f"`generate` would end answers at {sorted(served.ends)}, but the artifact ends them at {sorted(ends)}"]

@@ -224,6 +224,12 @@ def test_names_are_checked(names: list[str], adapters: dict[str, Path]) -> None:
         named(list(adapters.values()), names)
 
 
+def test_a_directory_whose_name_no_adapter_can_have_is_named(tmp_path: Path) -> None:
+    for name, said in (("日本語", "''"), ("base", "'base'")):
+        with pytest.raises(FloraExportError, match=f"{tmp_path / name}: {said} cannot be an adapter's name.*--name"):
+            named([tmp_path / name], [])
+
+
 def test_layouts_are_chosen_by_ranks_and_precision(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     few = make_bank(adapters, base, tmp_path / "few", None, verify=False)
     many = make_bank({f"a{i}": adapters["second"] for i in range(30)}, base, tmp_path / "many", None, verify=False)

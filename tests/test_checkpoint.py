@@ -219,8 +219,11 @@ def test_bases(base: Path, tmp_path: Path) -> None:
         load_base("/nowhere/at/all")
     with pytest.raises(CheckpointError, match=r"not in the local hub cache.*--base DIR"):
         load_base("nobody/nothing")
-    for name in ("~nobody-of-that-name/model", "a" * 300, "nobody/nothing@", "nobody/nothing@../../x", "nobody/nothing@-x"):
+    for name in ("~nobody-of-that-name/model", "a" * 300):
         with pytest.raises(CheckpointError, match="no such directory, and not a hub name"):
+            load_base(name)
+    for name in ("nobody/nothing@", "nobody/nothing@../../x", "nobody/nothing@-x"):
+        with pytest.raises(CheckpointError, match="is no revision"):
             load_base(name)
     copy = Path(shutil.copytree(base, tmp_path / "base"))
     file = copy / "model.safetensors"
@@ -274,5 +277,5 @@ def test_the_base_of_an_adapter_is_at_the_revision_that_it_names(base: Path, cop
     edit_config(copy, base_model_name_or_path=str(base), revision="main")
     assert load_base_of(copy, None).path == base
     edit_config(copy, base_model_name_or_path="owner/model", revision="../..")
-    with pytest.raises(CheckpointError, match="owner/name@revision"):
+    with pytest.raises(CheckpointError, match=r"owner/model: '\.\./\.\.' is no revision"):
         load_base_of(copy, None)

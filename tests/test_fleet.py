@@ -121,6 +121,14 @@ def test_a_plan_names_its_jobs(place: Path) -> None:
     assert {job.adapter for job in read_plan(write(place, changed(adapters=["a/*"]))).jobs} == {"one", "two"}
 
 
+def test_what_publishing_needs_is_asked_for_before_the_build(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read_plan(write(place, changed(targets={"serve": TRITON})))
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    monkeypatch.setattr("flora_export.pipeline.build", None)
+    outcome = do(Task(plan.jobs[0]))
+    assert (outcome.exit_code, outcome.state) == (3, "failed") and "flora-export[triton]" in str(outcome.message)
+
+
 def test_a_plan_may_merge_mappings(place: Path) -> None:
     lines = [f"{key}: {json.dumps(value)}" for key, value in GOOD.items() if key != "targets"]
     lines.append("targets: {one: &one {backend: hf, merge: false}, two: {<<: *one, merge: true}}")

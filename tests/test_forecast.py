@@ -64,6 +64,7 @@ def test_the_bytes_are_those_of_the_build(deep: Path, adapter: Path, tmp_path: P
     ("make", "config"),
     [
         (make_adapter, {"rank_pattern": {"layers.4.mlp": 24, "layers.0.mlp": 8}}),
+        (make_adapter, {"rank_pattern": {r".*\.layers\.4\.mlp": 24}, "target_modules": r".*\.layers\.\d\.(mlp|self_attn)"}),
         (make_adapter, {"layers_to_transform": [0, 2, 5]}),
         (make_adapter, {"layers_to_transform": 5}),
         (make_lora, {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.5.self_attn.q_proj", "up_proj"]}),
@@ -77,7 +78,7 @@ def test_a_shortened_adapter_does_what_it_did_to_the_layers_that_are_there(
     whole = load_checkpoint(make(deep, tmp_path / "whole", **config), load_base(str(deep)))
     layers = (5, 1, 4)
     shorten_base(load_base(str(deep)), layers, tmp_path / "base")
-    shorten_adapter(tmp_path / "whole", layers, tmp_path / "short")
+    shorten_adapter(tmp_path / "whole", load_base(str(deep)), layers, tmp_path / "short")
     short = load_checkpoint(tmp_path / "short", load_base(str(tmp_path / "base")))
 
     def before(name: str) -> str:
@@ -103,16 +104,25 @@ def test_an_adapter_on_late_layers_has_its_forecast(layers: list[int] | int, dee
 
 def test_a_bank_has_a_layer_of_each_of_its_adapters(deep: Path, tmp_path: Path) -> None:
     members = [make_adapter(deep, tmp_path / str(layer), layers_to_transform=[layer]) for layer in (2, 0, 5)]
-    assert layers_to_keep(members, LAYERS) == ([2, 0, 5, 1, 3, 4], 3)
-    assert layers_to_keep(members[:1], LAYERS) == ([2, 0, 1, 3, 4, 5], 1)
+    assert layers_to_keep(members, load_base(str(deep))) == ([2, 0, 5, 1, 3, 4], 3)
+    assert layers_to_keep(members[:1], load_base(str(deep))) == ([2, 0, 1, 3, 4, 5], 1)
     code, told, error = dry_run(members[0], deep, tmp_path / "out", members[1], members[2], "--no-verify")
     assert (code, list(told["calibration"])) == (0, ["3", "5"]), error
 
 
-def test_what_cannot_be_shortened_is_not_said_to_be_refused(deep: Path, tmp_path: Path) -> None:
-    pattern = make_adapter(deep, tmp_path / "pattern", target_modules=r".*\.layers\.4\.mlp")
+def test_what_cannot_be_shortened_says_so(deep: Path, tmp_path: Path) -> None:
+    pattern = make_adapter(deep, tmp_path / "pattern", target_modules=r".*\.layers\.(4|5)\.mlp")
     code, told, _ = dry_run(pattern, deep, tmp_path / "out", "--no-verify")
-    assert code == 2 and "nothing is refused, but what it takes is not known" in told["message"]
+    assert code == 2 and "what it takes is not known, for a build with fewer of its layers is refused" in told["message"]
+
+
+def test_what_else_stops_a_build_is_found_beforehand(deep: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_cost", lambda *_: Cost(1.0, 1.0, 0, {}))
+    code, told, _ = dry_run(adapter, deep, tmp_path / "out", "--sign", tmp_path / "missing.pem")
+    assert code == 2 and "missing.pem" in told["message"]
+    monkeypatch.setattr(forecast.os, "access", lambda place, mode: Path(place) != tmp_path)
+    code, told, _ = dry_run(adapter, deep, tmp_path / "out")
+    assert code == 3 and told["causes"] == [f"{tmp_path} may not be written to: choose another --output"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

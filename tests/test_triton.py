@@ -206,6 +206,13 @@ def test_what_publishing_needs_is_asked_for_before_the_build(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_limit_below_the_servers_own_question_does_not_go_live(artifact: Artifact, tmp_path: Path) -> None:
+    refused = run("triton", "--max-prompt", 1, artifact.path, tmp_path / "repo")
+    assert refused.exit_code == 1
+    assert "--max-prompt is 1, but the first request, by which the server tries `generate`, has" in refused.output
+    assert not (tmp_path / "repo" / "decoder" / "config.pbtxt").exists()
+
+
 def test_a_publisher_that_is_interrupted_changes_nothing(artifact: Artifact, repo: Path) -> None:
     before = snapshot(repo)
     with pytest.raises(KeyboardInterrupt), staged_version(artifact, repo, Serving()):

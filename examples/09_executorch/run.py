@@ -101,7 +101,7 @@ def answer(decoder: Decoder, path: Path, question: str, tokens: int = 64) -> str
     fed = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
     end = GenerationConfig.from_pretrained(path).eos_token_id
     ends = {*end} if isinstance(end, list) else {end}
-    past, said, room = 0, [], min(tokens, decoder.places - len(fed))
+    past, said, room = 0, [], min(tokens, max(1, decoder.places - len(fed) + 1))
     while len(said) < room:
         token = int(decoder.run(fed, past).argmax())
         if token in ends:

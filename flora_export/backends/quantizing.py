@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flora_export.base_model import HEAD
 from flora_export.errors import FloraExportError
 from flora_export.quantization import BITS, BLOCK_SIZES, STANDARD, Quantization
 from flora_export.quantization.packing import quantizer_version
@@ -98,7 +97,7 @@ def choose_quantization(precision: str, target: str, options: QuantizationOption
     return Quantization(
         bits=bits,
         block_size=block,
-        head_bits=chosen[options.head_precision or (SAME if packed is not None and HEAD in packed.modules else "int8")],
+        head_bits=chosen[options.head_precision or "int8"],
         adapter_bits=chosen[options.adapter_precision or SAME],
         compute=COMPUTE[target],
         version=quantizer_version(),

@@ -173,8 +173,10 @@ def _glob(home: Path, pattern: str) -> list[Path]:
     try:
         path = Path(pattern).expanduser()
         found = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if path.is_absolute() else home.glob(pattern)
-        hidden = {part for part in (*home.parts, *path.parts) if part.startswith(".")}
-        return [each for each in found if not any(part.startswith(".") and part not in hidden for part in each.parts)]
+        fixed = next(place for place, part in enumerate(path.parts) if any(c in part for c in "*?["))
+        start = fixed if path.is_absolute() else len(home.parts) + fixed
+        asked = any(part.startswith(".") for part in path.parts[fixed:])
+        return [each for each in found if asked or not any(part.startswith(".") for part in each.parts[start:])]
     except (ValueError, NotImplementedError, RuntimeError) as error:  # the last, a user that is not there
         raise _Wrong(f"adapters: {_shown(pattern)} is no glob ({error})") from error
 

@@ -74,7 +74,7 @@ def named_base(config: Mapping[str, Any]) -> str | None:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         return None
-    return name if directory_of(name) or revision is None else f"{name}@{revision}"
+    return f"{name}@{revision}" if revision and not directory_of(name) else name
 
 
 def load_bank(
@@ -101,6 +101,9 @@ def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Check
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such adapter directory")
+    digests = {
+        name: file_sha256(path / name) for name in (CONFIG, WEIGHTS) if (path / name).is_file()
+    }  # before they are read: they may change
     config, method = _read(path)
     found, weights = read_header(path), path / WEIGHTS
     promise = method.promise(path, config, base, found)
@@ -111,7 +114,6 @@ def load_checkpoint(path: Path, base: BaseModel, *, merge: bool = True) -> Check
                 check_finite(weights, key, file.get_tensor(key))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights}: cannot be read ({error}). Copy or save it again.") from error
-    digests = {name: file_sha256(path / name) for name in (CONFIG, WEIGHTS)}
     checkpoint = Checkpoint(path, config, promise.branches, digests, promise.changes)
     return checkpoint if merge else checkpoint.unmerged()
 

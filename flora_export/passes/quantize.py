@@ -22,7 +22,7 @@ import onnx_ir as ir
 from flora_export.errors import FusionError
 from flora_export.passes.builder import Builder
 from flora_export.provenance import read_name
-from flora_export.quantization import STANDARD, Quantization
+from flora_export.quantization import LAYERS, STANDARD, Quantization
 from flora_export.quantization.packing import Form
 from flora_export.quantization.unpacking import Packed
 from flora_export.weights import Array, Part, Stacked, add_weight, dims_of, parts_of, zeros
@@ -176,9 +176,10 @@ def packed_values(name: str, form: Form, packed: Packed | None) -> Array | None:
     if packed is None or not all(tensor in packed.modules for tensor in captured.tensors):
         return None
     if (packed.bits, packed.block_size) != (form.bits, form.block_size) or not captured.transposed:
+        option = "precision" if LAYERS in name else "head-precision"
         raise FusionError(
             f"{name}: the base model has int{packed.bits} in blocks of {packed.block_size} ({packed.method}), and is not requantized to "
-            f"int{form.bits} in blocks of {form.block_size}. Build with --precision int{packed.bits} --block-size {packed.block_size}."
+            f"int{form.bits} in blocks of {form.block_size}. Build with --{option} int{packed.bits} --block-size {packed.block_size}."
         )
     own = [packed.read(tensor) for tensor in captured.tensors]
     codes, scales = (np.concatenate([each[index] for each in own])[captured.start : captured.stop] for index in (0, 1))

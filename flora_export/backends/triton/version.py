@@ -16,6 +16,7 @@ from flora_export.base_model import file_sha256
 from flora_export.errors import ArtifactError, BackendError
 
 HERE = Path(__file__).parent / "program"
+WARMUP = "Hello"  # the first question, which the server asks `generate` itself
 # Of `generate`: in the version -> in this package.
 PROGRAM = {
     MAIN: HERE / "model.py",
@@ -88,7 +89,7 @@ def _generate_warmup(directory: Path, version: int, bank: Bank | None) -> Warmup
     A server whose Python cannot read texts fails here, and not at a client's request.
     """
     directory.mkdir()
-    contents = {"text_input": _text("Hello"), "max_tokens": (1).to_bytes(4, "little")}
+    contents = {"text_input": _text(WARMUP), "max_tokens": (1).to_bytes(4, "little")}
     if bank is not None:
         contents["adapter"] = _text(next(iter(bank.taken)))
     for name, content in contents.items():
