@@ -85,7 +85,7 @@ def _frontier(name: str) -> dict[str, Any]:
 
 def frontier_section() -> str:
     """The measured section of docs/frontier.md: the table, the plot, the contrasts, and what was chosen for each arm."""
-    result, tuning, confirmed, placement = map(_frontier, ("small", "small-tuning", "confirm", "placement"))
+    result, tuning, confirmed, longer, placement = map(_frontier, ("small", "small-tuning", "confirm", "longer", "placement"))
     preset, summary = result["preset"], result["summary"]
     listed, cells = preset["rates"], [(name, task, rate) for name, tasks in tuning["chosen"].items() for task, (rate, _) in tasks.items()]
     tried = defaultdict(set)
@@ -133,6 +133,13 @@ def frontier_section() -> str:
         "",
         f"**{confirmed['summary']['advice']}**",
         "",
+        _longer(longer, confirmed),
+        "([frontier-longer.json](../benchmarks/results/frontier-longer.json),",
+        "[frontier-longer-tuning.json](../benchmarks/results/frontier-longer-tuning.json)).",
+        f"By task: {_by_task(longer['summary']['contrasts'][BEST]['tasks'])}",
+        "",
+        *longer["table"],
+        "",
         f"Branches in other places: loss on validation, {len(placement['preset']['seeds'])} seeds",
         "([frontier-placement.json](../benchmarks/results/frontier-placement.json)):",
         "",
@@ -149,9 +156,16 @@ def _again(confirmed: dict[str, Any]) -> str:
     return f"That FFBA again, beside LoRAs up to its size, with {len(preset['seeds'])} other seeds and {examples:,} test examples: {said}."
 
 
+def _longer(longer: dict[str, Any], confirmed: dict[str, Any]) -> str:
+    """What came of the same two after more steps."""
+    steps, before = longer["preset"]["steps"], confirmed["preset"]["steps"]
+    said = longer["summary"]["contrasts"][BEST]["said"]
+    return f"Those two trained for {steps} steps instead of {before}, and tuned for that, with the same seeds and examples: {said}."
+
+
 def frontier_paragraph() -> list[str]:
     """What the README says of accuracy, with its test."""
-    result, confirmed = _frontier("small"), _frontier("confirm")
+    result, confirmed, longer = map(_frontier, ("small", "confirm", "longer"))
     preset, found = result["preset"], result["summary"]["contrasts"]
     return [
         f"**Accuracy against latency**, {len(preset['arms'])} adapters, each tuned by itself on validation, {len(preset['seeds'])} seeds,",
@@ -159,6 +173,7 @@ def frontier_paragraph() -> list[str]:
         "",
         *(f"- {what[0].upper()}{what[1:]}: {each['said']}." for what, each in found.items()),
         f"- {_again(confirmed)}",
+        f"- {_longer(longer, confirmed)}",
         f"- {confirmed['summary']['advice']}",
     ]
 
