@@ -158,9 +158,10 @@ def _again(confirmed: dict[str, Any]) -> str:
 
 def _longer(longer: dict[str, Any], confirmed: dict[str, Any]) -> str:
     """What came of the same two after more steps."""
-    steps, before = longer["preset"]["steps"], confirmed["preset"]["steps"]
+    steps, before, seeds = longer["preset"]["steps"], confirmed["preset"]["steps"], len(longer["preset"]["seeds"])
     said = longer["summary"]["contrasts"][BEST]["said"]
-    return f"Those two trained for {steps} steps instead of {before}, and tuned for that, with the same seeds and examples: {said}."
+    how = f"their rates chosen for that, {seeds} of these seeds, the same examples"
+    return f"Those two after {steps} steps instead of {before}, {how}: {said}."
 
 
 def frontier_paragraph() -> list[str]:
