@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flora_export.verify.latency import environment
+
+if TYPE_CHECKING:
+    from flora_export.ffba import FFBAConfig
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def random_adapter(base: Path, directory: Path, rank: int, seed: int = 0) -> Path:
     """A random FFBA adapter of full strength on attention and MLP: latency does not depend on the numbers."""
+    from flora_export.ffba import FFBAConfig
+
+    return write_random(FFBAConfig(r=rank, alpha=float(rank), gated_gain=1.0, task_type="CAUSAL_LM"), base, directory, seed)
+
+
+def write_random(config: FFBAConfig, base: Path, directory: Path, seed: int = 0) -> Path:
+    """An FFBA adapter of random numbers for a base model, as PEFT writes it."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
-    from flora_export.ffba import FFBAConfig
-
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = FFBAConfig(r=rank, alpha=float(rank), gated_gain=1.0, init_ffba_weights=False, task_type="CAUSAL_LM")
+    config = copy.copy(config)
+    config.init_ffba_weights = False
     peft.get_peft_model(model, config).save_pretrained(directory)
     return directory
 

@@ -74,6 +74,11 @@ class BaseModel:
         return {name: shape for file in self.weights for name, shape in sorted(_header(file).items())}
 
     @property
+    def beside(self) -> list[Path]:
+        """The files beside its weights: configurations, and those of the tokenizer."""
+        return [file for file in self.path.iterdir() if file.suffix in BESIDE and file.is_file()]
+
+    @property
     def fp32_bytes(self) -> int:
         """What its weights would take in fp32."""
         return 4 * sum(map(math.prod, self.shapes.values()))

@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from flora_export.bank import ADAPTER_IDS
-from flora_export.base_model import BESIDE, BaseModel
+from flora_export.base_model import BaseModel
 from flora_export.capture_constants import mend_embedding_scale
 from flora_export.errors import BackendError, CheckpointError
 from flora_export.rotary import longrope_context, rotary_tables
@@ -57,9 +57,8 @@ class Capture:
 
         try:
             with _quiet(), Scratch("flora-export-tokenizer-") as plain:
-                for file in base.path.iterdir():
-                    if file.suffix in BESIDE and file.is_file():
-                        shutil.copyfile(file, Path(plain) / file.name)  # mobius keeps permissions, and writes into what it has copied
+                for file in base.beside:
+                    shutil.copyfile(file, Path(plain) / file.name)  # mobius keeps permissions, and writes into what it has copied
                 write_ort_genai_config(self.package, str(directory), ep=provider, context_length=base.context, local_config_dir=plain)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flora_export.artifact import link_or_copy
-from flora_export.base_model import BESIDE, INDEX, BaseModel, read_json
+from flora_export.base_model import INDEX, BaseModel, read_json
 from flora_export.checkpoint import CONFIG, WEIGHTS
 from flora_export.methods import read_header
 from flora_export.shards import DTYPES, Planned, write_shards
@@ -75,8 +75,8 @@ class _Numbers:
 def shorten_base(base: BaseModel, kept: Sequence[int], directory: Path) -> None:
     """Write some layers of a base model, and all that is not of a layer, as a base model of its own."""
     directory.mkdir()
-    for file in base.path.iterdir():
-        if file.suffix in BESIDE and file.is_file() and file.name not in ("config.json", INDEX):
+    for file in base.beside:
+        if file.name not in ("config.json", INDEX):
             link_or_copy(file.resolve(), directory / file.name)
     numbers = _Numbers(base, kept)
     config = {

@@ -576,7 +576,7 @@ def test_limits_of_a_prompt(model: Model) -> None:
         [{"role": "a" * (most + 1), "content": ""}],
         [{"role": "user", "content": ""}] * (model.context + 1),
     ):
-        with pytest.raises(RequestError, match="characters is too long for"):
+        with pytest.raises(RequestError, match=f"characters is too long for {model.context} tokens"):
             model.encode(None, messages, Settings())
     plain, model._tokenizer.chat_template = model._tokenizer.chat_template, "{{ 'what ' * 10000000 }}"
     try:

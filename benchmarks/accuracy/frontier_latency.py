@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.latency import random_adapter, silent
+from benchmarks.accuracy.latency import silent
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.common import write_random
 from flora_export.artifact import Artifact
 from flora_export.base_model import BaseModel, load_base
 from flora_export.bench import BenchOptions, measure
@@ -47,7 +48,7 @@ def _measured(arms: Sequence[tuple[str, int]], base: BaseModel, precision: str, 
             place = work / str(index)
             config = METHODS["ffba" if METHODS[method].merges else method].config  # a LoRA's arm takes no more than its rank from it
             assert config is not None
-            adapter = random_adapter(config(rank, rank, 1.0), base.path, place / "adapter")
+            adapter = write_random(config(rank, rank, 1.0), base.path, place / "adapter")
             checkpoint = load_checkpoint(adapter, base)
             if index == 0 or not METHODS[method].merges:
                 artifact: Artifact

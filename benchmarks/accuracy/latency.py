@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.common import write_random
 from flora_export.bench import BenchOptions, bench
 from flora_export.pipeline import BuildOptions, build
 from flora_export.scratch import Scratch
@@ -33,23 +33,9 @@ def latency(methods: Mapping[str, FFBAConfig], base: Path, work: Path, rounds: i
     return results
 
 
-def random_adapter(config: FFBAConfig, base: Path, directory: Path) -> Path:
-    """An FFBA adapter of random numbers, as PEFT writes it."""
-    import peft
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = copy.copy(config)
-    config.init_ffba_weights = False
-    config.base_model_name_or_path = str(base)
-    torch.manual_seed(0)
-    peft.get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)), config).save_pretrained(directory)
-    return directory
-
-
 def _measure(config: FFBAConfig, base: Path, rounds: int, threads: int) -> dict[str, Any]:
     with Scratch("flora-export-accuracy-") as work:
-        adapter = random_adapter(config, base, Path(work) / "adapter")
+        adapter = write_random(config, base, Path(work) / "adapter")
         artifact, _ = build(adapter, str(base), Path(work) / "out", BuildOptions(), silent)
         result = bench(artifact.path, str(base), BenchOptions(arms=ARMS, rounds=rounds, threads=threads), silent)
     return {key: value for key, value in result.items() if key not in ("command", "environment")}
